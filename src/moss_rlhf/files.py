@@ -1,0 +1,64 @@
+"""Files that are whole or absent: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def new_directory(place: Path) -> Iterator[Path]:
+    """A directory that appears at `place`, whole, when the block ends; replaces what stood there, leaves nothing on an error."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{place.name}-", suffix=".partial", dir=place.parent))
+    partial.chmod(0o755)
+    try:
+        yield partial
+        if place.exists():
+            shutil.rmtree(place)
+        partial.rename(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def new_file(place: Path) -> Iterator[Path]:
+    """A file that appears at `place`, whole, when the block ends."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(place)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(place: Path, text: str) -> None:
+    with new_file(place) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(place: Path, value: Any) -> None:
+    write_text(place, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(place: Path) -> Any:
+    return json.loads(place.read_text(encoding="utf-8"))
+
+
+def digest(value: Any) -> str:
+    """64 hexadecimal digits that name a JSON value, the same in every process."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(place: Path) -> str:
+    with place.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
