@@ -40,6 +40,12 @@ def new_file(place: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def copy_directory(source: Path, place: Path) -> None:
+    """A copy of a directory's files at `place`, whole or not at all."""
+    with new_directory(place) as partial:
+        shutil.copytree(source, partial, dirs_exist_ok=True)
+
+
 def write_text(place: Path, text: str) -> None:
     with new_file(place) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -19,15 +19,21 @@ class Progress:
         self.log = log
         self.quiet = quiet
 
+    def logging_to(self, log: Path) -> Progress:
+        """The same, with a log file."""
+        return Progress(log, self.quiet)
+
     def say(self, text: str) -> None:
         """One line for the person."""
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
-    def event(self, name: str, **fields: Any) -> None:
+    def event(self, event: str, /, **fields: Any) -> None:
         """One line for the log: {"time": …, "event": name, …}."""
         if self.log is not None:
-            line = json.dumps({"time": round(time.time(), 3), "event": name, **fields}, ensure_ascii=False, default=str)
+            line = json.dumps(
+                {"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False, default=str
+            )
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
@@ -88,3 +94,13 @@ def _rich_bar() -> Any:
         console=Console(stderr=True),
         transient=True,
     )
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and load reports off the screen: what matters of them, our messages say."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()

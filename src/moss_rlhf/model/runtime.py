@@ -22,7 +22,7 @@ class Runtime(Protocol):
 
 
 class TorchRuntime:
-    """The network in PyTorch float32, evaluation mode."""
+    """The network in PyTorch, as its weights are (float32), evaluation mode."""
 
     def __init__(self, network: object) -> None:
         import torch
@@ -30,14 +30,16 @@ class TorchRuntime:
         if not isinstance(network, torch.nn.Module):
             raise TypeError(f"network must be a torch.nn.Module, got {type(network).__name__}")
         self.name = "PyTorch float32"
-        self.network = network.float().eval()
+        self.network = network
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         import torch
 
+        device = next(self.network.parameters()).device
+        self.network.eval()
         with torch.inference_mode():
-            inputs = {name: torch.from_numpy(value) for name, value in batch.items()}
-            logits: NDArray[np.float32] = self.network(**inputs).logits.float().numpy()
+            inputs = {name: torch.from_numpy(value).to(device) for name, value in batch.items()}
+            logits: NDArray[np.float32] = self.network(**inputs).logits.float().cpu().numpy()
         return logits
 
 

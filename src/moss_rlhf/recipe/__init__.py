@@ -1,6 +1,6 @@
 """What the user asks for: typed, frozen, unknown keys refused. Imports no torch."""
 
-from moss_rlhf.recipe.reading import apply_override, make_recipe, parse_yaml, read_recipe, recipe_yaml
+from moss_rlhf.recipe.reading import apply_override, make_recipe, parse_yaml, read_recipe, recipe_values, recipe_yaml
 from moss_rlhf.recipe.schema import (
     DataSpec,
     DistillSpec,
@@ -35,6 +35,7 @@ __all__ = [
     "make_recipe",
     "parse_yaml",
     "read_recipe",
+    "recipe_values",
     "recipe_yaml",
     "stage_kind",
     "stage_spec",

@@ -29,10 +29,14 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
@@ -45,7 +49,9 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise RecipeError(f"{path}: can't be read ({error.strerror}). Give the path of a recipe, such as recipes/quickstart.yaml.") from None
+        raise RecipeError(
+            f"{path}: can't be read ({error.strerror}). Give the path of a recipe, such as recipes/quickstart.yaml."
+        ) from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path}: is not UTF-8 text. A recipe is a YAML file; save it as UTF-8.") from None
     values = parse_yaml(text, str(path))
@@ -61,7 +67,9 @@ def parse_yaml(text: str, place: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise RecipeError(f"{place}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"{place}: a recipe is a mapping of fields (task, model, data, stages …), this is {type(values).__name__}.")
+        raise RecipeError(
+            f"{place}: a recipe is a mapping of fields (task, model, data, stages …), this is {type(values).__name__}."
+        )
     return values
 
 
@@ -113,8 +121,14 @@ def make_recipe(values: Mapping[str, Any], place: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(fault) for fault in error.errors()))
+        faults = [fault for fault in error.errors() if not _beside_the_point(fault)]
+        lines = list(dict.fromkeys(_explain(fault) for fault in faults))
         raise RecipeError("\n".join(f"{place}: {line}" for line in lines)) from None
+
+
+def _beside_the_point(fault: Any) -> bool:
+    """A mapping is told what is wrong inside it, not that it might have been a string or a number instead."""
+    return isinstance(fault["input"], Mapping) and fault["type"].removesuffix("_type") in ("string", "float", "int")
 
 
 def _explain(fault: Any) -> str:
@@ -142,6 +156,11 @@ def _without_tags(names: list[str]) -> list[str]:
     return kept
 
 
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe, defaults filled in, as plain JSON values."""
+    return recipe.model_dump(mode="json")
+
+
 def recipe_yaml(recipe: Recipe) -> str:
     """The whole recipe, defaults filled in, as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(recipe_values(recipe), sort_keys=False, allow_unicode=True)

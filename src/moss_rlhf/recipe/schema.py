@@ -253,6 +253,7 @@ class EvaluateSpec(Spec):
     batch_sizes: list[Positive] = Field(default=[1, 8, 32], min_length=1)
     confidence: float = Field(0.95, gt=0.5, lt=1)
     resamples: int = Field(2000, ge=200, description="of the bootstrap")
+    speed_seconds: float = Field(60.0, gt=0, description="how long to measure speed, at least three rounds each")
 
 
 class Recipe(Spec):
@@ -264,7 +265,9 @@ class Recipe(Spec):
     stages: list[Stage] = Field(min_length=1)
     evaluate: EvaluateSpec = EvaluateSpec()
     export: list[Literal["onnx"]] = Field(default_factory=list)
-    trust_remote_code: bool = Field(False, description="run code that the checkpoint brings along; off unless you set it")
+    trust_remote_code: bool = Field(
+        False, description="run code that the checkpoint brings along; off unless you set it"
+    )
     seed: int = Field(0, ge=0, lt=2**32)
     output: str = "runs/run"
 

@@ -1,0 +1,271 @@
+"""Records → rows of the task's columns, in one pass that leaves 20 bytes a row in memory and never a text."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moss_rlhf.data.labels import is_score, label_name
+from moss_rlhf.data.layout import Asked, Column, Layout, broken_message, find_layout, read_head
+from moss_rlhf.data.reading import BATCH_ROWS, Record
+from moss_rlhf.data.sources import Source, open_source, split_layout
+from moss_rlhf.errors import DataError
+from moss_rlhf.files import digest
+from moss_rlhf.progress import Progress
+from moss_rlhf.recipe import DataSpec, SplitLayout
+
+DIGEST_BYTES = 16
+MOST_CLASSES = 1000
+_FEW_ROWS = 20
+_FORM = 1  # of the cached files; a higher number makes older ones be written anew
+_BROKEN_SHOWN = 3
+
+
+class Row(NamedTuple):
+    """A row that can be used: its text columns in the task's order and the name of its label."""
+
+    line: int
+    texts: tuple[str, ...]
+    label: str
+
+
+@dataclass
+class Broken:
+    """Lines that can't be used: an error, or counted, the first of them with their places."""
+
+    skip: bool
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def meet(self, source: Source, line: int, fault: str) -> None:
+        if not self.skip:
+            raise DataError(broken_message(source, line, fault))
+        self.count += 1
+        if len(self.places) < _BROKEN_SHOWN:
+            self.places.append(f"{source.unit} {line} {fault}")
+
+
+@dataclass(frozen=True)
+class SplitFile:
+    """A split ready to be read: where its rows are and how they become the task's columns."""
+
+    split: str
+    source: Source
+    layout: Layout
+    columns: tuple[Column, ...]
+    renamed: Mapping[str, str]
+    skip_broken: bool
+
+    def digest(self) -> str:
+        """Names what `read_rows` gives: the content and everything that decides how it is read."""
+        keys = {name: list(keys) for name, keys in self.layout.columns.items()}
+        layout = [keys, self.layout.header, self.layout.width, self.layout.words]
+        return digest([_FORM, self.source.digest(), layout, dict(self.renamed), self.skip_broken])
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over a split's rows found out.
+
+    names, lines   label names in order of first appearance, and the line (or row) of each
+    labels         (rows,) int32, positions in `names`
+    digests        (rows, 2) uint64, equal for equal texts (outer white space stripped)
+    broken         lines skipped; `broken_places`: the first three
+    """
+
+    place: str
+    layout: str
+    found: bool
+    unit: str
+    names: list[str]
+    lines: list[int]
+    labels: NDArray[np.int32]
+    digests: NDArray[np.uint64]
+    broken: int
+    broken_places: list[str]
+
+
+Keep = Callable[[Row, int, bytes], None]
+
+
+def open_splits(spec: DataSpec, columns: Sequence[Column]) -> dict[str, SplitFile]:
+    """Every split that has rows of its own; 'validation' is missing where it is a share of train.
+
+    raises  DataError where a source can't be opened or its layout is not clear.
+    """
+    given = {"train": spec.train, "validation": spec.validation, "test": spec.test}
+    return {
+        split: _open_split(split, split_layout(split, value), spec, tuple(columns))
+        for split, value in given.items()
+        if isinstance(value, str | SplitLayout)
+    }
+
+
+def _open_split(split: str, layout: SplitLayout, spec: DataSpec, columns: tuple[Column, ...]) -> SplitFile:
+    source = open_source(split, layout)
+    columns_field = f"data.{split}.columns" if layout.columns else "data.columns"
+    asked = Asked(f"data.{split}", columns_field, layout.header, layout.columns or spec.columns)
+    skip = spec.broken_lines == "skip"
+    found = find_layout(source, read_head(source, skip), asked, columns)
+    renamed = {label_name(value): label_name(name) for value, name in (layout.labels or spec.labels).items()}
+    return SplitFile(split, source, found, columns, renamed, skip)
+
+
+def scan_rows(file: SplitFile, keep: Keep, progress: Progress) -> Scan:
+    """Read a split once, giving each row, its label's position and its text's digest to `keep`.
+
+    raises  DataError for what makes the rows unusable: nothing to read, a broken line, scores for labels.
+    """
+    broken, tally = Broken(file.skip_broken), _Tally()
+    with progress.bar(f"reading {file.split}", None) as bar:
+        for row in read_rows(file, broken):
+            keep(row, *tally.add(row, file))
+            if len(tally.labels) % BATCH_ROWS == 0:
+                bar.advance(BATCH_ROWS)
+    _check_labels(file, len(tally.lines), len(tally.labels), broken)
+    return tally.scan(file, broken)
+
+
+class _Tally:
+    """Grows with the rows: a position and a digest each, and a line for each label."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, int] = {}
+        self.positions: dict[str, int] = {}
+        self.labels = array("i")
+        self.digests = bytearray()
+
+    def add(self, row: Row, file: SplitFile) -> tuple[int, bytes]:
+        """The row's label's position and its text's digest."""
+        if row.label not in self.positions:
+            self.positions[row.label] = len(self.positions)
+            self.lines[row.label] = row.line
+            _check_class_count(file, len(self.positions))
+        self.labels.append(self.positions[row.label])
+        text = text_digest(row.texts)
+        self.digests += text
+        return self.labels[-1], text
+
+    def scan(self, file: SplitFile, broken: Broken) -> Scan:
+        return Scan(
+            place=file.source.place,
+            layout=file.layout.words,
+            found=file.layout.found,
+            unit=file.source.unit,
+            names=list(self.lines),
+            lines=list(self.lines.values()),
+            labels=np.frombuffer(self.labels, dtype=np.int32),
+            digests=np.frombuffer(self.digests, dtype=np.uint64).reshape(-1, 2),
+            broken=broken.count,
+            broken_places=broken.places,
+        )
+
+
+def text_digest(texts: Iterable[str]) -> bytes:
+    """16 bytes that name a row's texts, outer white space stripped."""
+    joined = "\x1f".join(text.strip() for text in texts)
+    return hashlib.blake2b(joined.encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def read_rows(file: SplitFile, broken: Broken) -> Iterator[Row]:
+    """The rows that can be used; the others go to `broken`."""
+    records = file.source.records()
+    if file.layout.header:
+        next(record for record in records if not record.fault)
+    for record in records:
+        row = record.fault or _row(record, file)
+        if isinstance(row, str):
+            broken.meet(file.source, record.line, row)
+        else:
+            yield row
+
+
+def _row(record: Record, file: SplitFile) -> Row | str:
+    """The row, or why the record is none."""
+    width = file.layout.width
+    if width is not None and len(record.cells) != width:
+        others = "the header has" if file.layout.header else "the others have"
+        return f"has {len(record.cells)} cells, {others} {width}"
+    try:
+        texts = tuple(_text(record, column.name, file) for column in file.columns if column.kind == "text")
+        return Row(
+            record.line,
+            texts,
+            next(_label(record, column.name, file) for column in file.columns if column.kind == "label"),
+        )
+    except KeyError as error:
+        return f"has no field {error}"
+    except (TypeError, ValueError) as error:
+        return str(error)
+
+
+def _text(record: Record, column: str, file: SplitFile) -> str:
+    keys = file.layout.columns[column]
+    parts = [_cell_text(record.cells[key], column) for key in keys]
+    text = parts[0] if len(parts) == 1 else " ".join(part for part in parts if part.strip())
+    if not text.strip():
+        raise ValueError(f"the column {column!r} is empty")
+    return _encodable(text, column)
+
+
+def _encodable(text: str, column: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the column {column!r} holds half a character (a lone surrogate)") from None
+    return text
+
+
+def _cell_text(value: object, column: str) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, int | float):
+        return "" if value is None else str(value)
+    raise TypeError(f"the column {column!r} is a {type(value).__name__}, it must be a text")
+
+
+def _label(record: Record, column: str, file: SplitFile) -> str:
+    name = _encodable(label_name(record.cells[file.layout.columns[column][0]]), column)
+    if not name:
+        raise ValueError(f"the column {column!r} is empty")
+    place = f"{file.source.place}, {file.source.unit} {record.line}"
+    if file.renamed:
+        return _renamed(name, file, place)
+    if is_score(name):
+        rule = "labels are names or whole numbers; scores are no classes"
+        raise DataError(
+            f"{place}: the label {name!r} is not a whole number; {rule}. Round them, or name each in data.labels."
+        )
+    return name
+
+
+def _renamed(name: str, file: SplitFile, place: str) -> str:
+    if name not in file.renamed:
+        known = ", ".join(map(repr, file.renamed))
+        raise DataError(f"{place}: the label {name!r} is not among those that labels: renames ({known}); add it there.")
+    return file.renamed[name]
+
+
+def _check_class_count(file: SplitFile, classes: int) -> None:
+    if classes > MOST_CLASSES:
+        raise DataError(_no_label_column(file, f"more than {MOST_CLASSES:,} different labels"))
+
+
+def _check_labels(file: SplitFile, classes: int, rows: int, broken: Broken) -> None:
+    if rows == 0:
+        why = "has a header and no rows" if file.layout.header else "holds no rows"
+        skipped = f" ({broken.count} broken lines were skipped, the first: {broken.places[0]})" if broken.count else ""
+        raise DataError(f"{file.source.place}: {why} that can be used{skipped}; it must hold a text and a label a row.")
+    if rows > _FEW_ROWS and 2 * classes > rows:
+        raise DataError(_no_label_column(file, f"{classes:,} different labels in {rows:,} rows"))
+
+
+def _no_label_column(file: SplitFile, found: str) -> str:
+    remedy = "the label column looks like text or an id; set data.columns to the right one"
+    return f"{file.source.place}: {found} ({file.layout.words}); {remedy}."

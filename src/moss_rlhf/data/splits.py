@@ -1,0 +1,204 @@
+"""DataSpec → clean splits: for training, as Arrow files that are mapped, not held; for `moss check`, as facts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moss_rlhf.data.layout import Column
+from moss_rlhf.data.planning import Indices, make_plan
+from moss_rlhf.data.reading import BATCH_ROWS
+from moss_rlhf.data.scanning import DIGEST_BYTES, Keep, Row, Scan, SplitFile, open_splits, scan_rows
+from moss_rlhf.files import digest, new_file, read_json, write_json
+from moss_rlhf.progress import Progress
+from moss_rlhf.recipe import DataSpec
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from pyarrow import RecordBatch
+
+SAMPLE_ROWS = 1000
+_BATCH_CHARACTERS = 2**24
+_DIGEST_COLUMN = "text digest"
+_LABEL_COLUMN = "label position"
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Clean rows with the task's columns: texts, and the label as class id (int64).
+
+    test     None where the recipe names none
+    labels   names in class-id order
+    facts    {split: {"rows", "dropped": {reason: rows}, "layout", "classes": {name: rows}, "duplicates"}};
+             duplicates are rows whose text stood earlier in the same split: counted, kept
+    notes    sentences for the user
+    digest   names the rows: equal digests, equal splits
+    """
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset | None
+    labels: tuple[str, ...]
+    facts: dict[str, dict[str, Any]]
+    notes: tuple[str, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What `load_splits` would give, without the rows.
+
+    samples  {split: up to 1,000 of its texts, each as likely as any other}, text columns joined by a space, before
+             anything is dropped; validation's are those of train where it is a share of it
+    """
+
+    labels: tuple[str, ...]
+    facts: dict[str, dict[str, Any]]
+    notes: tuple[str, ...]
+    samples: dict[str, list[str]]
+
+
+def load_splits(
+    spec: DataSpec,
+    columns: Sequence[Column],
+    *,
+    seed: int,
+    cache: Path,
+    known_labels: Sequence[str] | None = None,
+    progress: Progress,
+) -> Splits:
+    """Read, check and clean the recipe's data.
+
+    columns       the task's standard columns: any number of texts, one label.
+    seed          of the held-out share and of the limits.
+    cache         folder for `<split>-<digest>.arrow`; files of the same content are used again.
+    known_labels  names in the order of a trained head, kept where the data has the same names.
+    raises        DataError: every message gives the file, the line, the rule and the remedy.
+    """
+    files = open_splits(spec, columns)
+    digests = {split: file.digest() for split, file in files.items()}
+    places = {split: cache / f"{split}-{digests[split][:16]}.arrow" for split in files}
+    scans = {split: _scan_into(places[split], file, progress) for split, file in files.items()}
+    plan = make_plan(scans, spec, seed, known_labels)
+    label = next(column.name for column in columns if column.kind == "label")
+    datasets = {
+        split: _dataset(places.get(split, places["train"]), label, plan.classes[split], rows)
+        for split, rows in plan.rows.items()
+    }
+    share = spec.validation if isinstance(spec.validation, float) else None
+    limit = spec.model_dump(mode="json", include={"limit"})
+    name = digest([digests, share, limit, seed, plan.labels, [dataclasses.astuple(column) for column in columns]])
+    train, validation, test = (datasets.get(split) for split in ("train", "validation", "test"))
+    return Splits(train, validation, test, plan.labels, plan.facts, plan.notes, name)
+
+
+def check_data(
+    spec: DataSpec,
+    columns: Sequence[Column],
+    *,
+    seed: int,
+    known_labels: Sequence[str] | None = None,
+    progress: Progress,
+) -> DataCheck:
+    """Read and check everything that `load_splits` does, with the same errors, and write nothing."""
+    files = open_splits(spec, columns)
+    samples = {split: _Sample(seed) for split in files}
+    scans = {split: scan_rows(file, samples[split].keep, progress) for split, file in files.items()}
+    plan = make_plan(scans, spec, seed, known_labels)
+    texts = {split: samples.get(split, samples["train"]).texts for split in plan.rows}
+    return DataCheck(plan.labels, plan.facts, plan.notes, texts)
+
+
+class _Sample:
+    """Keeps 1,000 texts of a stream, each row as likely as any other (Vitter 1985, algorithm R)."""
+
+    def __init__(self, seed: int) -> None:
+        self.texts: list[str] = []
+        self._seen = 0
+        self._generator = np.random.default_rng(seed)
+
+    def keep(self, row: Row, label: int, digest: bytes) -> None:
+        self._seen += 1
+        if len(self.texts) < SAMPLE_ROWS:
+            self.texts.append(" ".join(row.texts))
+            return
+        place = int(self._generator.random() * self._seen)
+        if place < SAMPLE_ROWS:
+            self.texts[place] = " ".join(row.texts)
+
+
+# --- Arrow ---------------------------------------------------------------------------------------------------------
+
+
+def _scan_into(place: Path, file: SplitFile, progress: Progress) -> Scan:
+    """The scan of a split, its rows in the Arrow file `place`; both are taken from the cache where they stand there."""
+    facts = place.with_suffix(".json")
+    if place.exists() and facts.exists():
+        return _cached_scan(place, facts, file)
+    with new_file(place) as partial, _arrow_writer(partial, file.columns) as keep:
+        scan = scan_rows(file, keep, progress)
+    write_json(facts, {key: value for key, value in vars(scan).items() if not isinstance(value, np.ndarray)})
+    return scan
+
+
+@contextmanager
+def _arrow_writer(place: Path, columns: Sequence[Column]) -> Iterator[Keep]:
+    """A function that adds a row to a new Arrow file; rows wait in batches, so memory does not grow with the file."""
+    import pyarrow
+
+    texts = [(column.name, pyarrow.string()) for column in columns if column.kind == "text"]
+    schema = pyarrow.schema([*texts, (_LABEL_COLUMN, pyarrow.int32()), (_DIGEST_COLUMN, pyarrow.binary(DIGEST_BYTES))])
+    waiting: list[tuple[Any, ...]] = []
+    characters = 0
+
+    with place.open("wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
+
+        def flush() -> None:
+            if waiting:
+                cells = zip(*waiting, strict=True)
+                arrays = [pyarrow.array(values, part.type) for values, part in zip(cells, schema, strict=True)]
+                stream.write_batch(pyarrow.record_batch(arrays, schema=schema))
+                waiting.clear()
+
+        def keep(row: Row, label: int, digest: bytes) -> None:
+            nonlocal characters
+            waiting.append((*row.texts, label, digest))
+            characters += sum(map(len, row.texts))
+            if len(waiting) == BATCH_ROWS or characters > _BATCH_CHARACTERS:
+                flush()
+                characters = 0
+
+        yield keep
+        flush()
+
+
+def _cached_scan(place: Path, facts: Path, file: SplitFile) -> Scan:
+    import pyarrow
+
+    with pyarrow.memory_map(str(place)) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
+        batches = [_batch_arrays(batch) for batch in stream]
+    labels, digests = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    values = read_json(facts) | {"place": file.source.place}
+    return Scan(**values, labels=labels, digests=digests)
+
+
+def _batch_arrays(batch: RecordBatch) -> tuple[NDArray[np.int32], NDArray[np.uint64]]:
+    """Copies of a batch's labels, (rows,), and digests, (rows, 2)."""
+    digests = batch.column(_DIGEST_COLUMN)
+    values = np.frombuffer(digests.buffers()[1], dtype=np.uint64).reshape(-1, 2)
+    offset = digests.offset
+    return batch.column(_LABEL_COLUMN).to_numpy().copy(), values[offset : offset + batch.num_rows].copy()
+
+
+def _dataset(place: Path, label: str, classes: Indices, rows: Indices) -> Dataset:
+    from datasets import Dataset
+
+    whole = Dataset.from_file(str(place)).remove_columns([_LABEL_COLUMN, _DIGEST_COLUMN])
+    return whole.add_column(label, classes).select(rows)

@@ -1,0 +1,43 @@
+"""Measurement: metrics with their uncertainty, speed, memory, and the machine all of it holds for."""
+
+from moss_rlhf.evaluation.comparison import (
+    Answers,
+    answer,
+    changed,
+    confusion_of,
+    evaluate,
+    gain_of,
+    metrics_of,
+    sizes_of,
+)
+from moss_rlhf.evaluation.machine import describe_machine, versions
+from moss_rlhf.evaluation.memory import PeakMemory, peak_memory
+from moss_rlhf.evaluation.speed import Speed, measure_speed, speed_batches
+from moss_rlhf.evaluation.statistics import (
+    Difference,
+    Estimate,
+    bootstrap,
+    paired_difference,
+)
+
+__all__ = [
+    "Answers",
+    "Difference",
+    "Estimate",
+    "PeakMemory",
+    "Speed",
+    "answer",
+    "bootstrap",
+    "changed",
+    "confusion_of",
+    "describe_machine",
+    "evaluate",
+    "gain_of",
+    "measure_speed",
+    "metrics_of",
+    "paired_difference",
+    "peak_memory",
+    "sizes_of",
+    "speed_batches",
+    "versions",
+]

@@ -1,0 +1,173 @@
+"""ONNX for ONNX Runtime on the CPU: float32, or the int8 grid of a quantized checkpoint, exactly.
+
+int8 is dynamic: weights are stored as codes and scales, activations are quantized by the runtime from each batch's range.
+Every export is held against PyTorch on real rows before it counts: the weights bit for bit, the logits within a bound.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moss_rlhf.errors import MossError
+from moss_rlhf.exporting.int8 import quantize_graph
+from moss_rlhf.files import new_directory
+from moss_rlhf.model.checkpoint import KEY, Model
+from moss_rlhf.model.grid import quantized_weights
+from moss_rlhf.model.runtime import Batch, OnnxRuntime, TorchRuntime
+
+FILE = "model.onnx"
+_OPSET = 20
+_FLOAT_TOLERANCE = 1e-3
+_INT8_TOLERANCE = 0.5  # activations in 8 bits; a wrong graph or a wrong weight gives 1 and more
+
+
+def export_onnx(
+    model: Model, place: Path, batches: Sequence[Batch], float_file: Path | None = None
+) -> dict[str, object]:
+    """Write `place`/model.onnx with the tokenizer and config beside it, whole or not at all; returns the facts.
+
+    batches      real tokenized batches to hold the file against PyTorch with.
+    float_file   where to leave the float32 file that an int8 file is made of, to compare speeds with.
+    raises       MossError where the file does not answer as PyTorch does.
+    """
+    with new_directory(place) as partial, tempfile.TemporaryDirectory(dir=partial) as scratch:
+        plain = Path(scratch) / FILE if model.quantization else partial / FILE
+        _export_float(model.network, plain, batches[0])
+        if model.quantization:
+            _quantize(model.network, plain, partial / FILE)
+            _keep(plain, float_file)
+        difference = _verify_logits(model, partial / FILE, batches)
+        _write_companions(model, partial)
+    return {
+        "file": f"{place.name}/{FILE}",
+        "difference_to_pytorch": difference,
+        "faster_here": "measured below: the runtime file is what before and after compare",
+    }
+
+
+def _keep(file: Path, place: Path | None) -> None:
+    if place is not None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(place)
+
+
+def _write_companions(model: Model, place: Path) -> None:
+    model.tokenizer.save_pretrained(place)
+    config = copy.deepcopy(model.network.config)
+    setattr(
+        config,
+        KEY,
+        {"task": model.task, "quantization": {"scheme": model.quantization} if model.quantization else None},
+    )
+    config.save_pretrained(place)
+
+
+def _export_float(network: Any, place: Path, example: Batch) -> None:
+    import torch
+
+    network = copy.deepcopy(network).cpu().eval()
+    network.set_attn_implementation("eager")  # the smaller graph: no masks of masks; ONNX Runtime fuses either as fast
+    inputs = {name: torch.from_numpy(value) for name, value in example.items()}
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            network,
+            kwargs=inputs,
+            dynamo=True,
+            input_names=list(inputs),
+            output_names=["logits"],
+            dynamic_shapes=dict.fromkeys(inputs, axes),
+            opset_version=_OPSET,
+            verbose=False,
+        )
+    if program is None:
+        raise MossError("export: PyTorch's ONNX exporter returned nothing")
+    program.save(str(place), external_data=False)
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The dynamo exporter warns of its own internals (deprecated torch functions, a missing torchvision): not the user's matter."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx._internal.exporter._registration", "onnxscript", "root")
+    ]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _quantize(network: Any, source: Path, target: Path) -> None:
+    import onnx
+
+    proto = onnx.load(source)
+    names = _grid_initializers(proto.graph, network)
+    quantize_graph(proto, names)
+    onnx.checker.check_model(proto)
+    onnx.save(proto, target)
+    _verify_weights(proto.graph, names, network)
+
+
+def _grid_initializers(graph: Any, network: Any) -> dict[str, str]:
+    """{initializer: op that reads it} of every weight on the grid; found by its bits, for the exporter renames what it transposes."""
+    from onnx import numpy_helper
+
+    readers = {name: node.op_type for node in graph.node for name in node.input}
+    on_grid = {key for weight in _grid_weights(network) for key in (_key(weight), _key(weight.T))}
+    return {
+        value.name: readers[value.name]
+        for value in graph.initializer
+        if readers.get(value.name) in ("MatMul", "Gather") and _key(numpy_helper.to_array(value)) in on_grid
+    }
+
+
+def _grid_weights(network: Any) -> list[NDArray[np.float32]]:
+    return [parameter.detach().cpu().numpy() for parameter in quantized_weights(network).values()]
+
+
+def _key(array: NDArray[Any]) -> tuple[tuple[int, ...], bytes]:
+    """Names a matrix by its shape and bits; -0 and 0 are one."""
+    return array.shape, hashlib.blake2b(np.ascontiguousarray(array + 0.0).tobytes(), digest_size=16).digest()
+
+
+def _verify_weights(graph: Any, names: Mapping[str, str], network: Any) -> None:
+    """Every weight on the grid stands in the file, bit for bit; MossError where one does not."""
+    from onnx import numpy_helper
+
+    values = {value.name: numpy_helper.to_array(value) for value in graph.initializer}
+    found = {_key(values[f"{name}_codes"].astype(np.float32) * values[f"{name}_scale"]) for name in names}
+    for name, parameter in quantized_weights(network).items():
+        weight = parameter.detach().cpu().numpy()
+        if found.isdisjoint((_key(weight), _key(weight.T))):
+            raise MossError(f"export: the int8 file does not hold {name} as the checkpoint has it")
+
+
+def _verify_logits(model: Model, place: Path, batches: Sequence[Batch]) -> float:
+    """‖ONNX − PyTorch‖ / ‖PyTorch‖ over the logits of all batches."""
+    reference, exported = TorchRuntime(model.network), OnnxRuntime(place)
+    expected = np.concatenate([reference.run(batch) for batch in batches])
+    answered = np.concatenate([exported.run(batch) for batch in batches])
+    difference = float(np.linalg.norm(answered - expected) / max(float(np.linalg.norm(expected)), 1e-12))
+    bound = _INT8_TOLERANCE if model.quantization else _FLOAT_TOLERANCE
+    if not difference <= bound:
+        raise MossError(
+            f"export: {place.name} answers differently from PyTorch: relative difference {difference:.3g}, at most {bound} may be"
+        )
+    return difference

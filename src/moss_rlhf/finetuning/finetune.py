@@ -1,0 +1,250 @@
+"""Fine-tune a model on labelled rows: the driver that turns plain arguments into a `Plan` and runs it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_model
+from transformers import TrainingArguments, set_seed
+
+from moss_rlhf.errors import ModelError
+from moss_rlhf.finetuning.layers import layer_groups, layer_learning_rates
+from moss_rlhf.finetuning.sampling import EpochSampler
+from moss_rlhf.finetuning.trainer import (
+    BEST,
+    SAVE_EVERY_SECONDS,
+    Conductor,
+    LayerwiseTrainer,
+    Plan,
+    best_of,
+    checkpoints,
+)
+from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.processor import fast_bfloat16, processor_flags
+from moss_rlhf.model.runtime import TorchRuntime
+from moss_rlhf.model.zeros import Zeros
+from moss_rlhf.progress import Progress
+from moss_rlhf.strategy import SCHEDULES
+from moss_rlhf.tasks import TASKS, Task, encoded
+
+_LOGGED_POINTS = 60  # of the loss, for the chart
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a fine-tuning did.
+
+    history   {"train": [{step, epoch, loss, learning_rate}], "validation": [{step, epoch, loss, metric}]}
+    flops     operations of forward and backward, padding included.
+    """
+
+    facts: dict[str, Any]
+    history: dict[str, list[dict[str, float]]]
+    flops: float
+
+
+def finetune(
+    model: Model,
+    train: Any,
+    validation: Any,
+    *,
+    epochs: int = 3,
+    learning_rate: float = 5e-5,
+    batch_size: int = 32,
+    schedule: Literal["linear", "slanted_triangular", "constant"] = "linear",
+    warmup: float = 0.1,
+    weight_decay: float = 0.01,
+    max_gradient_norm: float = 1.0,
+    layer_decay: float = 1.0,
+    unfreeze: Literal["all", "gradual"] = "all",
+    patience: int | None = None,
+    evaluations_per_epoch: int = 1,
+    length_bucketing: bool = True,
+    precision: Precision = "auto",
+    teacher: Model | None = None,
+    temperature: float = 2.0,
+    teacher_weight: float = 0.7,
+    seed: int = 0,
+    workspace: Path | None = None,
+    save_every_seconds: float = SAVE_EVERY_SECONDS,
+    progress: Progress | None = None,
+) -> Training:
+    """Train `model` in place and leave it with the weights of its best evaluation.
+
+    train, validation   rows with the task's columns, labels included; or encoded already.
+    patience            evaluations without a better metric before training stops; None: never.
+    teacher             a model whose logits are learned too: teacher_weight · T² KL + (1 - teacher_weight) · labels' loss.
+    workspace           where to keep checkpoints; a training interrupted there resumes from its last one and ends in the
+                        same bits. None: nothing is kept.
+    raises              ModelError where the loss is no longer finite; Interrupted after Ctrl-C, once a checkpoint is written.
+    """
+    task = TASKS[model.task]
+    train, validation = encoded(model, train), encoded(model, validation)
+    progress = progress or Progress(quiet=True)
+    steps_per_epoch = -(-len(train) // batch_size)
+    steps = epochs * steps_per_epoch
+    groups = tuple(layer_groups(model.network))
+    plan = Plan(
+        groups=groups,
+        rates=tuple(layer_learning_rates(len(groups) - 2, learning_rate, layer_decay)),
+        weight_decay=weight_decay,
+        unfreeze=unfreeze,
+        schedule=SCHEDULES[schedule],
+        warmup=warmup,
+        evaluate_at=evaluation_steps(steps_per_epoch, epochs, evaluations_per_epoch),
+        steps=steps,
+        patience=patience,
+        temperature=temperature,
+        teacher_weight=teacher_weight,
+        dimensions=model.dimensions,
+        zeros=Zeros.of(model.pruned),
+    )
+    bfloat16 = uses_bfloat16(precision)
+    train = train if teacher is None else _with_teacher(train, teacher, progress)
+    sampler = EpochSampler(train["length"], batch_size, seed, length_bucketing)
+    with _folder(workspace) as folder:
+        arguments = _arguments(folder, epochs, batch_size, steps, max_gradient_norm, bfloat16, seed)
+        trainer = LayerwiseTrainer(
+            plan,
+            task.loss,
+            lambda: evaluate_loss(model, validation, task),
+            sampler,
+            model.network,
+            arguments,
+            lambda rows: _collate(rows, model, task),
+            train,
+        )
+        _train(trainer, folder, task.metric, seed, save_every_seconds, progress)
+    return _training(trainer, task, bfloat16)
+
+
+def evaluation_steps(steps_per_epoch: int, epochs: int, per_epoch: int) -> frozenset[int]:
+    """The steps after which validation is measured: `per_epoch` times an epoch, evenly, the last step always among them."""
+    evaluations = epochs * min(per_epoch, steps_per_epoch)
+    total = epochs * steps_per_epoch
+    return frozenset(round(total * count / evaluations) for count in range(1, evaluations + 1))
+
+
+def uses_bfloat16(precision: Precision) -> bool:
+    """Whether training runs in bfloat16 autocast: as told, or where the hardware has it."""
+    if precision == "auto":
+        return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else fast_bfloat16(processor_flags())
+    return precision == "bfloat16"
+
+
+def evaluate_loss(model: Model, encoded: Any, task: Task) -> dict[str, float]:
+    """Mean loss and the task's metric on encoded rows, in float32 evaluation mode."""
+    logits = task.predict(TorchRuntime(model.network), encoded, model.tokenizer)
+    labels = np.asarray(encoded["labels"])
+    loss = float(task.loss(torch.from_numpy(logits), torch.from_numpy(labels)))
+    return {"loss": loss, task.metric: float(np.mean(task.answers(logits) == labels))}
+
+
+def _with_teacher(train: Any, teacher: Model, progress: Progress) -> Any:
+    """The rows with the teacher's logits as a column: one forward pass serves every epoch."""
+    progress.say("  asking the teacher")
+    logits = TASKS[teacher.task].predict(TorchRuntime(teacher.network), train, teacher.tokenizer)
+    return train.add_column("teacher_logits", [row.tolist() for row in logits])
+
+
+def _collate(rows: Sequence[Mapping[str, Any]], model: Model, task: Task) -> dict[str, torch.Tensor]:
+    batch = task.collate(rows, model.tokenizer)
+    if "teacher_logits" in rows[0]:
+        logits: NDArray[np.float32] = np.array([row["teacher_logits"] for row in rows], dtype=np.float32)
+        batch["teacher_logits"] = torch.from_numpy(logits)
+    return batch
+
+
+@contextmanager
+def _folder(workspace: Path | None) -> Iterator[Path]:
+    if workspace is not None:
+        workspace.mkdir(parents=True, exist_ok=True)
+        yield workspace
+    else:
+        with tempfile.TemporaryDirectory(prefix="moss-") as folder:
+            yield Path(folder)
+
+
+def _arguments(
+    folder: Path, epochs: int, batch_size: int, steps: int, max_gradient_norm: float, bfloat16: bool, seed: int
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        max_grad_norm=max_gradient_norm,
+        bf16=bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        eval_strategy="no",
+        save_strategy="no",  # the conductor decides
+        logging_steps=max(1, steps // _LOGGED_POINTS),
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _train(
+    trainer: LayerwiseTrainer, folder: Path, metric: str, seed: int, save_every_seconds: float, progress: Progress
+) -> None:
+    shutil.rmtree(folder / "partial", ignore_errors=True)  # a killed run's half-written checkpoint
+    last = checkpoints(folder)[-1:]
+    set_seed(seed)
+    with progress.bar("fine-tuning", trainer.plan.steps) as bar:
+        conductor = Conductor(trainer, metric, bar, save_every_seconds)
+        trainer.add_callback(conductor)
+        try:
+            with conductor.catching_interrupt():
+                trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
+        finally:
+            for group in trainer.plan.groups:
+                group.train(True)
+    if not (folder / BEST).exists():
+        raise ModelError("finetune: no evaluation took place; give validation rows.")
+    trainer.model.cpu()
+    load_model(trainer.model, folder / BEST)
+    trainer.model.eval()
+    trainer.plan.zeros.verify()
+
+
+def _training(trainer: LayerwiseTrainer, task: Task, bfloat16: bool) -> Training:
+    log = trainer.state.log_history
+    best = best_of(log, task.metric)
+    evaluations = [entry for entry in log if "eval_loss" in entry]
+    facts = {
+        "steps": trainer.state.global_step,
+        "best_step": best.step,
+        f"best_validation_{task.metric}": best.metric,
+        "stopped_early": trainer.state.global_step < trainer.plan.steps,
+        "precision": "bfloat16 autocast" if bfloat16 else "float32",
+        "seconds": trainer.seconds,
+        "examples_per_second": len(trainer.sampler) * trainer.state.epoch / trainer.seconds,
+        "learning_rates": {
+            group.name: rate for group, rate in zip(trainer.plan.groups, trainer.plan.rates, strict=True)
+        },
+    }
+    history = {
+        "train": [_pick(entry, "loss", "learning_rate") for entry in log if "learning_rate" in entry],
+        "validation": [
+            _pick({key.removeprefix("eval_"): value for key, value in entry.items()}, "loss", task.metric)
+            for entry in evaluations
+        ],
+    }
+    return Training(facts, history, float(trainer.state.total_flos))
+
+
+def _pick(entry: Mapping[str, float], *names: str) -> dict[str, float]:
+    return {name: entry[name] for name in ("step", "epoch", *names)}

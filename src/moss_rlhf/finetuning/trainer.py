@@ -1,0 +1,248 @@
+"""The one Trainer subclass, and the callbacks that steer it.
+
+What transformers' Trainer does not do, and why it is done here:
+- every parameter is in the optimizer from the start: Trainer takes only those with requires_grad at that moment, and layers
+  unfrozen later would silently never move (frozen ones have no gradient, so AdamW neither moves nor decays them);
+- checkpoints are written beside their place and renamed: Trainer writes in place, and a kill would leave half of one;
+- the order of rows is a function of (seed, epoch), so a resumed run ends in the same bits as one never stopped;
+- evaluations, early stopping, saving and the best checkpoint follow one setting instead of five entangled ones.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_model
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from moss_rlhf.errors import Interrupted, ModelError
+from moss_rlhf.files import new_file
+from moss_rlhf.finetuning.distillation import distillation_loss, mixed_loss
+from moss_rlhf.finetuning.layers import LayerGroup, lowest_trained
+from moss_rlhf.finetuning.sampling import EpochSampler
+from moss_rlhf.model.cost import Dimensions, training_flops
+from moss_rlhf.model.zeros import Zeros
+from moss_rlhf.progress import Bar
+from moss_rlhf.strategy import Best, Schedule
+
+SAVE_EVERY_SECONDS = 60.0
+BEST = "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one fine-tuning does, step by step; nothing here changes while it runs."""
+
+    groups: tuple[LayerGroup, ...]
+    rates: tuple[float, ...]  # one a group
+    weight_decay: float
+    unfreeze: Any
+    schedule: Schedule
+    warmup: float
+    evaluate_at: frozenset[int]  # steps
+    steps: int
+    patience: int | None
+    temperature: float
+    teacher_weight: float  # 0: no teacher
+    dimensions: Dimensions
+    zeros: Zeros
+
+
+def best_of(log_history: Sequence[Mapping[str, float]], metric: str) -> Best:
+    """The best evaluation of a log; so a resumed run needs no other memory of it."""
+    best = Best()
+    for entry in log_history:
+        if f"eval_{metric}" in entry:
+            best = best.after(entry[f"eval_{metric}"], entry["eval_loss"], int(entry["step"]))
+    return best
+
+
+class LayerwiseTrainer(Trainer):
+    """Trains a `Plan`; `evaluator` measures the network and returns {"loss", metric: value}."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        evaluator: Callable[[], dict[str, float]],
+        sampler: EpochSampler,
+        network: Any,
+        arguments: TrainingArguments,
+        collate: Callable[[Any], Any],
+        train: Any,
+    ) -> None:
+        super().__init__(model=network, args=arguments, data_collator=collate, train_dataset=train)
+        self.plan, self.task_loss, self.evaluator, self.sampler = plan, loss, evaluator, sampler
+        self.remove_callback(PrinterCallback)
+        self._folder: str | None = None
+        self._carried_seconds = 0.0
+        self._started = time.monotonic()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.sampler
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        # fused: one pass over weights, gradients and moments instead of a dozen
+        self.optimizer = torch.optim.AdamW(list(self._parameter_groups()), fused=True)
+        return self.optimizer
+
+    def _parameter_groups(self) -> Iterator[dict[str, Any]]:
+        """Two groups a layer group: matrices decay, biases and norms do not."""
+        for group, rate in zip(self.plan.groups, self.plan.rates, strict=True):
+            matrices = [parameter for _, parameter in group.parameters if parameter.dim() > 1]
+            vectors = [parameter for _, parameter in group.parameters if parameter.dim() <= 1]
+            yield {"params": matrices, "lr": rate, "weight_decay": self.plan.weight_decay}
+            yield {"params": vectors, "lr": rate, "weight_decay": 0.0}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        plan = self.plan
+        self.lr_scheduler = LambdaLR(self.optimizer, lambda step: plan.schedule(step, num_training_steps, plan.warmup))
+        return self.lr_scheduler
+
+    def _get_learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[-1]["lr"])  # the head's, which is the recipe's
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels, teacher = inputs.pop("labels"), inputs.pop("teacher_logits", None)
+        outputs = model(**inputs)
+        loss = self.task_loss(outputs.logits, labels)
+        if teacher is not None:
+            learned = distillation_loss(outputs.logits, teacher, self.plan.temperature)
+            loss = mixed_loss(loss, learned, self.plan.teacher_weight)
+        if not loss.isfinite():
+            raise ModelError(
+                f"finetune: the loss became {float(loss)} at step {self.state.global_step}. "
+                "Lower learning_rate, or look for inf or nan in the checkpoint."
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: Mapping[str, Tensor]) -> float:
+        rows, length = inputs["input_ids"].shape
+        frozen = lowest_trained(self.state.global_step, self.plan.steps, len(self.plan.groups), self.plan.unfreeze)
+        return training_flops(self.plan.dimensions, length, rows * length, max(0, frozen - 1))
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        metrics = {f"eval_{name}": value for name, value in self.evaluator().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @property
+    def seconds(self) -> float:
+        """Training time, that of interrupted runs which this one resumes included."""
+        return self._carried_seconds + time.monotonic() - self._started
+
+    def start_clock(self) -> None:
+        log = self.state.log_history
+        self._carried_seconds, self._started = (log[-1]["seconds"] if log else 0.0), time.monotonic()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log({**logs, "seconds": round(self.seconds, 3)}, start_time)
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return self._folder or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self._folder = str(final.parent / "partial")
+        try:
+            super()._save_checkpoint(model, trial)
+            (Path(self._folder) / final.name).replace(final)
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+        for older in checkpoints(final.parent)[:-1]:
+            shutil.rmtree(older)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # weights alone: config and tokenizer stand in the stage's input, and training_args.bin is a pickle
+        place = Path(output_dir or self.args.output_dir)
+        place.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, str(place / "model.safetensors"))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a folder, the oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda place: int(place.name.rpartition("-")[2]))
+
+
+class Conductor(TrainerCallback):
+    """Freezes and thaws layers, keeps zeros, decides when to evaluate, save and stop, and shows how it goes."""
+
+    def __init__(self, trainer: LayerwiseTrainer, metric: str, bar: Bar, save_every_seconds: float) -> None:
+        self.trainer, self.plan, self.metric, self.bar = trainer, trainer.plan, metric, bar
+        self.save_every_seconds = save_every_seconds
+        self.stop_requested = threading.Event()
+        self.saved_at = time.monotonic()
+        self.shown: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.start_clock()
+        self.bar.advance(state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        lowest = lowest_trained(state.global_step, self.plan.steps, len(self.plan.groups), self.plan.unfreeze)
+        for level, group in enumerate(self.plan.groups):
+            group.train(level >= lowest)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.plan.zeros.restore()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        control.should_evaluate = state.global_step in self.plan.evaluate_at
+        waited = time.monotonic() - self.saved_at
+        if self.stop_requested.is_set() or waited > self.save_every_seconds:
+            control.should_save = True
+        self.bar.advance(1, "  ".join(f"{name} {value:.4g}" for name, value in self.shown.items()))
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+        names = {"loss": "loss", "learning_rate": "rate", f"eval_{self.metric}": self.metric}
+        self.shown |= {names[name]: value for name, value in (logs or {}).items() if name in names}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        best = best_of(state.log_history, self.metric)
+        if best.step == state.global_step:
+            with new_file(Path(args.output_dir) / BEST) as partial:
+                save_model(self.trainer.model, str(partial))
+        control.should_save = state.global_step < self.plan.steps
+        control.should_training_stop |= self.plan.patience is not None and best.waited >= self.plan.patience
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.saved_at = time.monotonic()
+        if self.stop_requested.is_set():
+            raise Interrupted(
+                f"stopped at step {state.global_step} of {self.plan.steps}; run again to go on from there"
+            )
+
+    @contextmanager
+    def catching_interrupt(self) -> Iterator[None]:
+        """The first Ctrl-C lets the step end and saves; the second stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def request(*_: object) -> None:
+            self.stop_requested.set()
+            signal.signal(signal.SIGINT, before)
+
+        signal.signal(signal.SIGINT, request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

@@ -1,0 +1,185 @@
+"""Before against after: what would be shipped otherwise, and what this run ships, on the same rows and batches."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_rlhf.evaluation import (
+    Answers,
+    Speed,
+    answer,
+    changed,
+    confusion_of,
+    gain_of,
+    measure_speed,
+    metrics_of,
+    peak_memory,
+    sizes_of,
+    speed_batches,
+)
+from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.locate import weight_bytes
+from moss_rlhf.model.runtime import Batch, OnnxRuntime, Runtime, TorchRuntime, usable_cores
+from moss_rlhf.progress import Progress
+from moss_rlhf.recipe import EvaluateSpec
+from moss_rlhf.tasks import TASKS
+from moss_rlhf.tasks.batching import padding_of
+
+_CHANGED_SHOWN = 20
+_SPEED_POOL = 2000
+PROTOCOL = (
+    "Before and after answer the same rows; 'before' is the uncompressed fine-tuned model in PyTorch float32.",
+    "Intervals are percentile bootstraps over rows; the difference is paired, row by row, and its p-value is McNemar's exact test.",
+    "Speed: identical tokenized batches of evaluation texts in random order, padded to their longest, the same number of threads; "
+    "rounds of before and after interleaved after a warm-up; medians. Tokenization is excluded.",
+    "Peak memory: of a fresh process that loads the artifact and answers one batch of the largest size, libraries included.",
+    "Bytes count weight files only. MACs are multiply-accumulates a token at the mean length of the evaluation texts.",
+)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Something that can be shipped: where it is, its model (for sizes), and the runtime that serves it."""
+
+    path: Path
+    model: Model
+    runtime: Runtime
+
+    @property
+    def bytes(self) -> int:
+        return self.path.stat().st_size if self.path.is_file() else weight_bytes(self.path)
+
+
+def torch_artifact(path: Path, model: Model) -> Artifact:
+    return Artifact(path, model, TorchRuntime(model.network))
+
+
+def onnx_artifact(path: Path, model: Model, kind: str) -> Artifact:
+    runtime = OnnxRuntime(path)
+    runtime.name = f"ONNX Runtime {kind}"
+    return Artifact(path, model, runtime)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How to measure: on which encoded rows of which split, relative to which directory, by which settings."""
+
+    rows: Any
+    split: str
+    root: Path
+    spec: EvaluateSpec
+    seed: int
+    progress: Progress
+
+    @property
+    def _intervals(self) -> dict[str, Any]:
+        return {"confidence": self.spec.confidence, "resamples": self.spec.resamples, "seed": self.seed}
+
+    def quality(self, artifact: Artifact) -> tuple[Answers, dict[str, Any]]:
+        """The answers, and the part of a measurement that needs no clock."""
+        task, model = TASKS[artifact.model.task], artifact.model
+        answers = answer(task, artifact.runtime, self.rows, model.tokenizer)
+        return answers, {
+            "artifact": _relative(artifact.path, self.root),
+            "runtime": artifact.runtime.name,
+            "split": self.split,
+            "metrics": metrics_of(task, answers, **self._intervals),
+            "rows": len(self.rows),
+            **sizes_of(model, float(np.mean(self.rows["length"]))),
+            "bytes": artifact.bytes,
+        }
+
+    def compare(
+        self, before: Artifact | None, after: Artifact, reference: Artifact | None, texts: Any
+    ) -> dict[str, Any]:
+        """The report's before, after, reference, gain, confusion and changed answers."""
+        artifacts = {"before": before, "after": after, "reference": reference}
+        present = {name: artifact for name, artifact in artifacts.items() if artifact is not None}
+        quality = {name: self.quality(artifact) for name, artifact in present.items()}
+        speeds, peaks = self._speed(present)
+        measured = {name: {**quality[name][1], **speeds[name], "peak_memory_bytes": peaks[name]} for name in present}
+        answers = {name: part[0] for name, part in quality.items()}
+        return {
+            **{name: measured.get(name) for name in artifacts},
+            "gain": self._gain(before, measured, answers),
+            "confusion": {
+                "labels": list(after.model.labels),
+                "before": confusion_of(answers["before"]) if before else None,
+                "after": confusion_of(answers["after"]),
+            },
+            **_changed_examples(answers, after.model.labels, texts),
+        }
+
+    def _gain(
+        self, before: Artifact | None, measured: Mapping[str, Any], answers: Mapping[str, Answers]
+    ) -> dict[str, Any] | None:
+        if before is None:
+            return None
+        first, second = measured["before"], measured["after"]
+        sizes = [str(size) for size in self.spec.batch_sizes]
+        return {
+            "metric": gain_of(TASKS[before.model.task], answers["before"], answers["after"], **self._intervals),
+            "size": first["bytes"] / second["bytes"],
+            "speedup": {size: second["throughput"][size] / first["throughput"][size] for size in sizes},
+            "latency": {size: first["latency_ms"][size]["p50"] / second["latency_ms"][size]["p50"] for size in sizes},
+        }
+
+    def _speed(self, artifacts: Mapping[str, Artifact]) -> tuple[dict[str, Speed], dict[str, int | None]]:
+        tokenizer = next(iter(artifacts.values())).model.tokenizer
+        padding = padding_of(tokenizer)
+        batches = speed_batches(self._pool(), self.spec.batch_sizes, padding, seed=self.seed)
+        runtimes = {name: artifact.runtime for name, artifact in artifacts.items()}
+        speeds = measure_speed(runtimes, batches, progress=self.progress, budget_seconds=self.spec.speed_seconds)
+        largest = max(batches[max(batches)], key=lambda batch: batch["input_ids"].size)
+        return speeds, {name: self._peak(artifact.path, largest) for name, artifact in artifacts.items()}
+
+    def _pool(self) -> list[dict[str, list[int]]]:
+        order = np.random.default_rng(self.seed).permutation(len(self.rows))[:_SPEED_POOL]
+        return [dict(row) for row in self.rows.select(np.sort(order))]
+
+    def _peak(self, path: Path, batch: Batch) -> int | None:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "batch.npz"
+            np.savez(file, allow_pickle=False, **batch)
+            command = [sys.executable, "-m", "moss_rlhf.probe", str(path.resolve()), str(file)]
+            return peak_memory(command, progress=self.progress)
+
+
+def _changed_examples(answers: Mapping[str, Answers], labels: Sequence[str], texts: Any) -> dict[str, Any]:
+    """The texts whose answer changed, with the names of their label and of both answers."""
+    if "before" not in answers:
+        return {"changed": [], "changed_total": 0}
+    before, after = answers["before"], answers["after"]
+    rows, total = changed(before, after, _CHANGED_SHOWN)
+    return {
+        "changed": [
+            {
+                "text": texts[row]["text"],
+                "label": labels[after.labels[row]],
+                "before": labels[before.ids[row]],
+                "after": labels[after.ids[row]],
+            }
+            for row in rows
+        ],
+        "changed_total": total,
+    }
+
+
+def same_threads() -> int:
+    """Give PyTorch as many threads as the other runtimes get; returns how many."""
+    import torch
+
+    threads = usable_cores()
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _relative(path: Path, root: Path) -> str:
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)

@@ -1,0 +1,1 @@
+"""What a transformer is to us: where it is, its anatomy, surgery, cost, checkpoints, runtimes."""

@@ -1,0 +1,255 @@
+"""Checkpoints that stand alone: save, load, and the sentence that plain transformers fails with where it must.
+
+A result that the stock config can say is a plain Hugging Face checkpoint. Where it can't (fewer heads than hidden / head size,
+sizes that differ by block), config.json declares the shapes and `load` builds them. `"transformers_weights"` is the name of
+the weight file for transformers 5: a sentence in its place makes every Auto class stop with that sentence.
+
+Everything of ours stands under one key of config.json:
+
+    "moss_rlhf": {"task", "shapes": [[heads, feed_forward], …] | absent, "pruned": [names], "quantization": {"scheme"} | absent}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from moss_rlhf.errors import ModelError
+from moss_rlhf.files import new_directory, write_json
+from moss_rlhf.model.anatomy import Anatomy, BlockShape, anatomy_of
+from moss_rlhf.model.cost import Dimensions
+from moss_rlhf.model.locate import read_config, read_header, weight_files
+from moss_rlhf.model.surgery import reshape
+
+KEY = "moss_rlhf"
+REFUSAL = (
+    "this checkpoint's layers have shapes that config.json of transformers can't express: use moss_rlhf.load(path)"
+)
+
+
+@dataclass
+class Model:
+    """A network with what is needed to use it. Methods change the network in place.
+
+    pruned         parameters whose exact zeros stay zero; they keep their identity through surgery, names do not.
+    quantization   the scheme whose grid the weights lie on.
+    """
+
+    network: Any
+    tokenizer: Any
+    task: str
+    pruned: list[nn.Parameter] = field(default_factory=list)
+    quantization: str | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        names = self.network.config.id2label
+        return tuple(names[index] for index in range(len(names)))
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return anatomy_of(self.network)
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    @property
+    def nonzero(self) -> int:
+        return sum(int(torch.count_nonzero(parameter)) for parameter in self.network.parameters())
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the network has positions for."""
+        return position_limit(self.network.config.to_dict(), self.tokenizer)
+
+    @property
+    def dimensions(self) -> Dimensions:
+        anatomy = self.anatomy
+        head = sum(parameter.numel() for _, parameter in anatomy.head if parameter.dim() == 2)
+        hidden = getattr(self.network.config, anatomy.family.hidden)
+        return Dimensions(hidden, anatomy.blocks[0].head_size, anatomy.shapes, head)
+
+
+def position_limit(config: dict[str, Any], tokenizer: Any) -> int:
+    """Tokens that a network has positions for, by its config.json."""
+    # RoBERTa counts positions from the padding index + 1
+    offset = config["pad_token_id"] + 1 if config["model_type"] in ("roberta", "xlm-roberta") else 0
+    return int(min(config["max_position_embeddings"] - offset, tokenizer.model_max_length))
+
+
+def load_pretrained(
+    place: Path, task: str, auto_class: Any, labels: Sequence[str], trust_remote_code: bool = False
+) -> Model:
+    """Load a checkpoint for a task; a head that was never trained for these labels is new, drawn from torch's generator.
+
+    place    a local directory (see `locate`).
+    labels   names in class-id order.
+    raises   ModelError on a broken checkpoint.
+    """
+    config = read_config(place)
+    if KEY in config or "transformers_weights" in config:
+        model = load_checkpoint(place, auto_class)
+        if model.labels != tuple(labels):
+            raise ModelError(
+                f"{place}: was trained for the labels {', '.join(model.labels)}; the data has {', '.join(labels)}. Give data with the same labels."
+            )
+        return model
+    same_head = trained_labels(config) == tuple(labels)
+    network = _from_pretrained(auto_class, place, labels, trust_remote_code)
+    if not same_head:
+        for module in _head_modules(network):
+            network._init_weights(module)
+    return Model(network, load_tokenizer(place, trust_remote_code), task)
+
+
+def _from_pretrained(auto_class: Any, place: Path, labels: Sequence[str], trust_remote_code: bool) -> Any:
+    names = dict(enumerate(labels))
+    try:
+        return auto_class.from_pretrained(
+            place,
+            id2label=names,
+            label2id={name: index for index, name in names.items()},
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # only the head can differ, and it is drawn anew then
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model: {place} can't be loaded: {' '.join(str(error).split())[:400]}") from error
+
+
+def _head_modules(network: Any) -> list[nn.Module]:
+    prefix = network.base_model_prefix
+    return [
+        module
+        for name, child in network.named_children()
+        if name != prefix
+        for module in child.modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def trained_labels(config: dict[str, Any]) -> tuple[str, ...] | None:
+    """The label names of a checkpoint whose classification head was trained, else None. For config.json alone, no weights."""
+    architectures = config.get("architectures") or []
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        return None
+    names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    return tuple(str(names[key]) for key in sorted(names, key=int))
+
+
+def load_tokenizer(place: Path, trust_remote_code: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model: the tokenizer in {place} can't be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"model: the tokenizer in {place} has no padding token. Set pad_token in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def load_checkpoint(place: Path, auto_class: Any) -> Model:
+    """Load what `save_checkpoint` wrote (a plain checkpoint is the special case without declared shapes).
+
+    raises   ModelError where tensors are missing, too many or of other shapes than declared, or pruned zeros are gone.
+    """
+    from transformers import AutoConfig
+
+    ours = read_config(place).get(KEY, {})
+    config = AutoConfig.from_pretrained(place)
+    for name in (KEY, "transformers_weights"):
+        if hasattr(config, name):
+            delattr(config, name)
+    with torch.random.fork_rng(devices=[]):  # the placeholders' random numbers must not move the caller's
+        network = auto_class.from_config(config, dtype=torch.float32)
+    if "shapes" in ours:
+        reshape(network, [BlockShape(*shape) for shape in ours["shapes"]])
+    _load_weights(network, place)
+    model = Model(network.eval(), load_tokenizer(place), ours.get("task", "text-classification"))
+    model.quantization = ours.get("quantization", {}).get("scheme")
+    model.pruned = _pruned_parameters(network, ours.get("pruned", []), place)
+    return model
+
+
+def _load_weights(network: Any, place: Path) -> None:
+    for file in weight_files(place):
+        read_header(file)  # says which file is broken
+    weights = {name: tensor for file in weight_files(place) for name, tensor in load_file(file).items()}
+    try:
+        network.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{place}: config.json and the weights don't belong together: {' '.join(str(error).split())[:400]}"
+        ) from None
+
+
+def _pruned_parameters(network: Any, names: Sequence[str], place: Path) -> list[nn.Parameter]:
+    parameters = dict(network.named_parameters())
+    unknown = [name for name in names if name not in parameters]
+    if unknown:
+        raise ModelError(
+            f"{place}: config.json lists {unknown[0]} as pruned, but there is no such tensor. Save the checkpoint again."
+        )
+    pruned = [parameters[name] for name in names]
+    _assert_zeros(dict(zip(names, pruned, strict=True)), place)
+    return pruned
+
+
+def _assert_zeros(pruned: dict[str, nn.Parameter], place: Path) -> None:
+    for name, parameter in pruned.items():
+        if torch.count_nonzero(parameter) == parameter.numel():
+            raise ModelError(
+                f"{place}: {name} is listed as pruned and holds no zero any more; something trained over the mask."
+            )
+
+
+def save_checkpoint(model: Model, place: Path) -> None:
+    """Write a checkpoint that stands alone, whole or not at all.
+
+    raises   ModelError where a pruned tensor has lost its zeros.
+    """
+    names = {id(parameter): name for name, parameter in model.network.named_parameters()}
+    pruned = {names[id(parameter)]: parameter for parameter in model.pruned}
+    _assert_zeros(pruned, place)
+    ours: dict[str, Any] = {"task": model.task}
+    uniform = _declare_feed_forward(model.network)
+    if not uniform:
+        ours["shapes"] = [[shape.heads, shape.feed_forward] for shape in model.anatomy.shapes]
+    if pruned:
+        ours["pruned"] = sorted(pruned)
+    if model.quantization:
+        ours["quantization"] = {"scheme": model.quantization}
+    with new_directory(place) as partial:
+        model.network.save_pretrained(partial)
+        model.tokenizer.save_pretrained(partial)
+        _add_to_config(partial / "config.json", {KEY: ours} | ({} if uniform else {"transformers_weights": REFUSAL}))
+
+
+def _declare_feed_forward(network: Any) -> bool:
+    """Whether the stock config can say the shapes; if so, it does afterwards."""
+    anatomy = anatomy_of(network)
+    expressible = {
+        BlockShape(getattr(network.config, anatomy.family.heads), shape.feed_forward) for shape in anatomy.shapes
+    }
+    if len(expressible) > 1 or set(anatomy.shapes) != expressible:
+        return False
+    setattr(network.config, anatomy.family.feed_forward, anatomy.shapes[0].feed_forward)
+    return True
+
+
+def _add_to_config(place: Path, keys: dict[str, Any]) -> None:
+    write_json(place, json.loads(place.read_text(encoding="utf-8")) | keys)

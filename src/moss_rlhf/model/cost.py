@@ -1,0 +1,59 @@
+"""What a network costs: multiply-accumulate operations, parameters, bytes. Pure arithmetic on shapes, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moss_rlhf.model.anatomy import BlockShape
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The shapes that decide an encoder's cost."""
+
+    hidden: int
+    head_size: int
+    blocks: tuple[BlockShape, ...]
+    head_parameters: int  # weights of the pooler and classifier, used once a text
+
+
+def block_parameters(shape: BlockShape, hidden: int, head_size: int) -> int:
+    """Weights of one block's six matrices (biases and norms left out)."""
+    return 4 * hidden * shape.heads * head_size + 2 * hidden * shape.feed_forward
+
+
+def block_macs(shape: BlockShape, hidden: int, head_size: int, length: float) -> float:
+    """Multiply-accumulates of one block for one token of a text of `length` tokens, attention scores and mixing included."""
+    return block_parameters(shape, hidden, head_size) + 2 * length * shape.heads * head_size
+
+
+def macs_per_token(dimensions: Dimensions, length: float) -> float:
+    """Multiply-accumulates of the whole network per token, texts of `length` tokens; embeddings are look-ups and free."""
+    blocks = sum(block_macs(shape, dimensions.hidden, dimensions.head_size, length) for shape in dimensions.blocks)
+    return blocks + dimensions.head_parameters / length
+
+
+def training_flops(dimensions: Dimensions, length: float, tokens: float, lowest_trained: int = 0) -> float:
+    """Operations of forward and backward over `tokens` tokens: 2 a multiply-accumulate, the backward twice the forward.
+
+    lowest_trained   index of the lowest block that trains; below it there is no backward. The number of blocks: only the head.
+    """
+    forward = macs_per_token(dimensions, length)
+    frozen = sum(
+        block_macs(shape, dimensions.hidden, dimensions.head_size, length)
+        for shape in dimensions.blocks[:lowest_trained]
+    )
+    return 2 * tokens * (forward + 2 * (forward - frozen))
+
+
+def training_bytes(parameters: int, hidden: int, layers: int, tokens: int) -> int:
+    """A rough peak for AdamW in float32: weights, gradients, two moments; some 34 values a token, layer and hidden unit kept for backward.
+
+    The 34 is Korthikanti et al. 2022 (arXiv:2205.05198, eq. 1: 34 bytes in half precision); attention scores are left out.
+    """
+    return 16 * parameters + 68 * hidden * layers * tokens
+
+
+def mean_length(lengths: Sequence[int]) -> float:
+    return sum(lengths) / len(lengths)

@@ -1,0 +1,8 @@
+"""One file a method: a pure function of tensors and a thin driver that changes a model in place and returns the facts."""
+
+from moss_rlhf.optimization.magnitude import magnitude_mask, prune
+from moss_rlhf.optimization.narrow import narrow
+from moss_rlhf.optimization.quantize import quantize
+from moss_rlhf.optimization.shorten import shorten
+
+__all__ = ["magnitude_mask", "narrow", "prune", "quantize", "shorten"]

@@ -1,0 +1,50 @@
+"""Rows that the methods measure the network on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moss_rlhf.errors import DataError
+from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.tasks import TASKS
+from moss_rlhf.tasks.batching import by_length, chunks
+
+_ROWS_AT_ONCE = 32
+
+
+def calibration_rows(encoded: Any, rows: int, seed: int) -> Any:
+    """A seeded sample of encoded rows, sorted by length so that batches hold little padding.
+
+    raises   DataError where there are none.
+    """
+    if len(encoded) == 0:
+        raise DataError("calibration: there are no rows to measure the network on; give training rows.")
+    chosen = np.random.default_rng(seed).permutation(len(encoded))[:rows]
+    sample = encoded.select(np.sort(chosen))
+    return sample.select(by_length(sample["length"]))
+
+
+def labelled_batches(model: Model, sample: Any) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """(inputs, labels) of a sample, in its order, on the network's device."""
+    device = next(model.network.parameters()).device
+    for positions in chunks(range(len(sample)), _ROWS_AT_ONCE):
+        rows = [sample[position] for position in positions]
+        batch = {name: value.to(device) for name, value in TASKS[model.task].collate(rows, model.tokenizer).items()}
+        yield {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+
+
+def mean_loss(model: Model, sample: Any) -> float:
+    """The task's mean loss over a sample, evaluation mode."""
+    task = TASKS[model.task]
+    model.network.eval()
+    with torch.inference_mode():
+        losses = [
+            float(task.loss(model.network(**inputs).logits, labels, reduction="sum"))
+            for inputs, labels in labelled_batches(model, sample)
+        ]
+    return sum(losses) / len(sample)

@@ -1,0 +1,154 @@
+"""THE STORY: load → stages in order → export → evaluate → report. Read this first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moss_rlhf.evaluation import PeakMemory, describe_machine, versions
+from moss_rlhf.exporting import export_onnx
+from moss_rlhf.files import copy_directory, read_json, write_json, write_text
+from moss_rlhf.measuring import PROTOCOL, Artifact, Measuring, onnx_artifact, same_threads, torch_artifact
+from moss_rlhf.model.checkpoint import save_checkpoint
+from moss_rlhf.preparing import Session, prepare
+from moss_rlhf.progress import Progress, quiet_libraries
+from moss_rlhf.recipe import Recipe, make_recipe, read_recipe, recipe_values, recipe_yaml, stage_kind, stage_spec
+from moss_rlhf.reporting import write_page
+from moss_rlhf.rundir import open_run
+from moss_rlhf.stages import StageContext, apply_stage
+
+
+def run(
+    recipe: Recipe | Mapping[str, Any] | str | Path, *, fresh: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Do what a recipe says; returns the report, which also stands in `output`/report.json and report.html.
+
+    fresh    start over instead of going on from the stages that are finished.
+    raises   UserError where the recipe, data, model or machine can't do it; Interrupted after Ctrl-C, resumable.
+    """
+    recipe, progress = _as_recipe(recipe), progress or Progress(quiet=True)
+    quiet_libraries()
+    with open_run(Path(recipe.output), fresh) as place:
+        write_text(place.path / "recipe.yaml", recipe_yaml(recipe))
+        progress = progress.logging_to(place.log)
+        session = prepare(recipe, place, progress, same_threads())
+        for note in session.notes:
+            progress.say(f"note: {note}")
+        if (finished := _finished_report(session)) is not None:
+            progress.say("finished before; --fresh starts over")
+            return finished
+        stages = [_do_stage(session, index) for index in range(len(recipe.stages))]
+        report = _header(session) | _compare(session) | {"stages": stages, "cost": _cost(session, stages)}
+        write_json(place.path / "report.json", report)
+        write_page(report, place.path / "report.html")
+        progress.event("finished", gain=report["gain"])
+        return report
+
+
+def _as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return make_recipe(recipe) if isinstance(recipe, Mapping) else read_recipe(recipe)
+
+
+def _finished_report(session: Session) -> dict[str, Any] | None:
+    place = session.place.path / "report.json"
+    report = read_json(place) if place.exists() and (session.place.path / "report.html").exists() else {}
+    return report if report.get("fingerprint") == session.fingerprint else None
+
+
+def _do_stage(session: Session, index: int) -> dict[str, Any]:
+    """One stage, or what it left when it was finished before."""
+    stage, folder, progress = session.recipe.stages[index], session.folders[index], session.progress
+    title = f"stage {index + 1} of {len(session.folders)}: {stage_kind(stage)}"
+    if folder.done:
+        progress.say(f"{title}, finished before")
+        return folder.read() | {"resumed": True}
+    progress.say(title)
+    progress.event("stage started", name=folder.path.name)
+    model, rows, started = session.model_after(index), session.rows, time.monotonic()
+    context = StageContext(rows.train, rows.validation, session.recipe.seed, folder.work, session.teacher, progress)
+    with PeakMemory() as peak:
+        outcome = apply_stage(stage_spec(stage), model, context)
+    seconds = outcome.facts.pop("seconds", time.monotonic() - started)
+    save_checkpoint(model, folder.model)
+    saved = torch_artifact(folder.model, session.model_after(index + 1))
+    _, measurement = _measuring(session, rows.validation, "validation").quality(saved)
+    result = {
+        "kind": stage_kind(stage),
+        "name": folder.path.name,
+        "seconds": seconds,
+        "flops": outcome.flops,
+        "peak_memory_bytes": peak.bytes,
+        "facts": outcome.facts,
+        "history": outcome.history,
+        "measurement": measurement,
+    }
+    folder.finish(result)
+    progress.event("stage finished", **{name: result[name] for name in ("name", "seconds", "facts")})
+    return result | {"resumed": False}
+
+
+def _measuring(session: Session, rows: Any, split: str) -> Measuring:
+    recipe = session.recipe
+    return Measuring(rows, split, session.place.path, recipe.evaluate, recipe.seed, session.progress)
+
+
+def _compare(session: Session) -> dict[str, Any]:
+    """Ship the final model, and measure what is shipped against what would have been."""
+    session.progress.say("exporting and measuring")
+    copy_directory(session.folder_after(len(session.folders)), session.place.path / "model")
+    before = torch_artifact(session.folder_after(session.parent), session.model_after(session.parent))
+    after, reference = _ship(session)
+    measuring = _measuring(session, session.rows.evaluation, session.rows.evaluation_split)
+    return measuring.compare(before if session.head_is_trained else None, after, reference, session.rows.texts)
+
+
+def _ship(session: Session) -> tuple[Artifact, Artifact | None]:
+    """The artifact that is shipped, and for an int8 file the same shape and runtime in float32, to compare with."""
+    model, place = session.model_after(len(session.folders)), session.place.path
+    if "onnx" not in session.recipe.export:
+        return torch_artifact(place / "model", model), None
+    batches = session.sample_batches(model.tokenizer)
+    float_file = place / "work" / "float32.onnx" if model.quantization else None
+    facts = export_onnx(model, place / "onnx", batches, float_file)
+    session.progress.event("exported", **facts)
+    shipped = onnx_artifact(place / "onnx" / "model.onnx", model, model.quantization or "float32")
+    return shipped, onnx_artifact(float_file, model, "float32") if float_file else None
+
+
+def _header(session: Session) -> dict[str, Any]:
+    recipe = session.recipe
+    return {
+        "recipe": recipe_values(recipe),
+        "fingerprint": session.fingerprint,
+        "seed": recipe.seed,
+        "task": recipe.task,
+        "machine": describe_machine(),
+        "versions": versions(),
+        "data": session.rows.facts,
+        "notes": [*session.notes, *_caveats(session)],
+        "protocol": list(PROTOCOL),
+    }
+
+
+def _caveats(session: Session) -> list[str]:
+    found = []
+    if session.rows.evaluation_split == "validation":
+        found.append(
+            "There is no test split: before and after are measured on validation, which also chose the checkpoints."
+        )
+    if not session.recipe.export:
+        found.append("Nothing is exported to a runtime: 'after' is the checkpoint in PyTorch.")
+    if not session.head_is_trained:
+        found.append("The model that entered compression had no trained head, so there is no 'before' to compare with.")
+    return found
+
+
+def _cost(session: Session, stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds and operations of all stages, against those before compression: plain fine-tuning of the dense model."""
+    dense = [stage for stage in stages[: session.parent] if stage["kind"] == "finetune"]
+    total = {name: sum(stage[name] for stage in stages) for name in ("seconds", "flops")}
+    return total | {f"dense_{name}": sum(stage[name] for stage in dense) if dense else None for name in total}

@@ -1,0 +1,128 @@
+"""Charts as HTML fragments: they need the plotly.js that the page holds once, and take text colours from its style."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moss_rlhf.reporting import wording
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+Measurement = Mapping[str, Any]
+Point = Mapping[str, Any]
+
+# Okabe and Ito's palette: told apart with any colour vision, and on white as on black.
+_COLOURS = ("#8b8f96", "#e69f00", "#2f8fd3", "#009e73", "#cc79a7")
+_SIDES = {"before": _COLOURS[0], "after": _COLOURS[2]}
+_GRID = "rgba(128, 128, 128, 0.25)"
+
+
+def plotly_script() -> str:
+    """The source of plotly.js, to stand once in a page."""
+    import plotly.offline
+
+    return str(plotly.offline.get_plotlyjs())
+
+
+def throughput_chart(measurements: Mapping[str, Measurement]) -> str:
+    """Bars of texts per second, a panel a batch size; `measurements` by the name people see. Empty if none was made."""
+    return _batch_chart("throughput", measurements, "texts per second", lambda value: value)
+
+
+def latency_chart(measurements: Mapping[str, Measurement]) -> str:
+    """Bars of the median milliseconds a batch takes, a panel a batch size. Empty if none was made."""
+    return _batch_chart("latency_ms", measurements, "milliseconds", lambda value: value["p50"])
+
+
+def _batch_chart(
+    field: str, measurements: Mapping[str, Measurement], unit: str, number: Callable[[Any], float | None]
+) -> str:
+    values = {name: measurement.get(field) or {} for name, measurement in measurements.items()}
+    batches = sorted({batch for value in values.values() for batch in value}, key=int)
+    if not batches:
+        return ""
+    figure = _panels(columns=len(batches), titles=[f"batch of {batch}" for batch in batches])
+    for column, batch in enumerate(batches, start=1):
+        heights = {name: number(value[batch]) for name, value in values.items() if batch in value}
+        _add_bars(figure, column, heights, unit)
+    figure.update_yaxes(title_text=unit, col=1)
+    figure.update_xaxes(showticklabels=False, showgrid=False)
+    return _html(figure, f"chart-{field}", height=300)
+
+
+def _add_bars(figure: Figure, column: int, heights: Mapping[str, float | None], unit: str) -> None:
+    for name, height in heights.items():
+        text = wording.significant(height) if height is not None else ""
+        bar = {"x": [name], "y": [height], "text": [text], "name": name, "legendgroup": name, "showlegend": column == 1}
+        look = {"marker_color": _SIDES.get(name, _COLOURS[1]), "textposition": "outside", "cliponaxis": False}
+        figure.add_bar(**bar, **look, hovertemplate=f"{name}: %{{text}} {unit}<extra></extra>", row=1, col=column)
+    top = max((height for height in heights.values() if height is not None), default=1)
+    figure.update_yaxes(range=[0, 1.18 * top], row=1, col=column)
+
+
+def history_chart(number: int, history: Mapping[str, Sequence[Point]], metrics: Sequence[str]) -> str:
+    """One fine-tuning stage by step: loss, the metrics that were evaluated, the learning rate."""
+    train, validation = history["train"], history["validation"]
+    shown = [metric for metric in metrics if any(point.get(metric) is not None for point in validation)]
+    figure = _panels(rows=3 if shown else 2, heights=[0.45, 0.32, 0.23] if shown else [0.7, 0.3])
+    _add_line(figure, 1, train, field="loss", name="loss, training", colour=_COLOURS[0])
+    _add_line(figure, 1, validation, field="loss", name="loss, validation", colour=_COLOURS[1])
+    for index, metric in enumerate(shown):
+        _add_line(
+            figure,
+            2,
+            validation,
+            field=metric,
+            name=f"{wording.name_in_words(metric)}, validation",
+            colour=_COLOURS[2 + index % 3],
+        )
+    last = 3 if shown else 2
+    _add_line(figure, last, train, field="learning_rate", name="learning rate", colour=_COLOURS[0])
+    _name_axes(figure, ["loss", "metric", "rate"] if shown else ["loss", "rate"])
+    return _html(figure, f"chart-history-{number}", height=470)
+
+
+def _add_line(figure: Figure, row: int, points: Sequence[Point], *, field: str, name: str, colour: str) -> None:
+    present = [point for point in points if point.get(field) is not None]
+    steps, values = [point["step"] for point in present], [point[field] for point in present]
+    hover = f"step %{{x}}: %{{y:.4g}}<extra>{name}</extra>"
+    mode = "lines" if len(present) > 20 else "lines+markers"
+    visible = field != "learning_rate"  # its axis already names it
+    look = {"mode": mode, "line": {"color": colour, "width": 2}, "showlegend": visible, "hovertemplate": hover}
+    figure.add_scatter(x=steps, y=values, name=name, **look, row=row, col=1)
+
+
+def _name_axes(figure: Figure, titles: Sequence[str]) -> None:
+    for row, title in enumerate(titles, start=1):
+        figure.update_yaxes(title_text=title, row=row, col=1)
+    figure.update_yaxes(exponentformat="power", rangemode="tozero", nticks=4, row=len(titles), col=1)
+    figure.update_xaxes(title_text="step", row=len(titles), col=1)
+
+
+def _panels(
+    rows: int = 1, columns: int = 1, titles: Sequence[str] | None = None, heights: Sequence[float] | None = None
+) -> Figure:
+    from plotly.subplots import make_subplots
+
+    spacing = {"vertical_spacing": 0.06, "horizontal_spacing": 0.32 / max(columns, 2)}
+    return make_subplots(rows, columns, shared_xaxes=rows > 1, subplot_titles=titles, row_heights=heights, **spacing)
+
+
+def _html(figure: Figure, name: str, height: int) -> str:
+    """A division that fits the width it is given. Its name is fixed, so that equal reports give equal pages."""
+    figure.update_layout(
+        height=height,
+        margin={"l": 60, "r": 12, "t": 60, "b": 40},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, sans-serif", "size": 13},
+        legend={"orientation": "h", "x": 0, "yref": "container", "y": 1, "yanchor": "top"},
+        hoverlabel={"bgcolor": "#222222", "font": {"color": "#ffffff"}},
+        bargap=0.15,
+    )
+    figure.update_xaxes(gridcolor=_GRID, zerolinecolor=_GRID, fixedrange=True)
+    figure.update_yaxes(gridcolor=_GRID, zerolinecolor=_GRID, fixedrange=True, automargin=True)
+    config = {"displayModeBar": False, "displaylogo": False, "responsive": True}
+    return str(figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config))

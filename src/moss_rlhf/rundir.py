@@ -1,0 +1,119 @@
+"""The run directory: what is finished, what goes on, and that only one process writes it.
+
+stages/01-finetune-3f9a/   model/  facts.json  done (the whole fingerprint; written last)  work/ (only while it runs)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moss_rlhf.errors import MachineError
+from moss_rlhf.files import read_json, write_json, write_text
+
+_MARK = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """Where one stage works and leaves its result."""
+
+    path: Path
+    fingerprint: str
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def work(self) -> Path:
+        return self.path / "work"
+
+    @property
+    def done(self) -> bool:
+        mark = self.path / "done"
+        return mark.is_file() and mark.read_text(encoding="utf-8").strip() == self.fingerprint
+
+    def read(self) -> dict[str, Any]:
+        facts: dict[str, Any] = read_json(self.path / "facts.json")
+        return facts
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Keep the facts and mark the stage as done; its model stands already."""
+        write_json(self.path / "facts.json", facts)
+        write_text(self.path / "done", self.fingerprint + "\n")
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    path: Path
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    def stage(self, index: int, kind: str, fingerprint: str) -> StageFolder:
+        """The folder of a stage; another recipe's stage of the same short fingerprint is never touched."""
+        for digits in (4, 12, 64):
+            folder = StageFolder(self.path / "stages" / f"{index + 1:02d}-{kind}-{fingerprint[:digits]}", fingerprint)
+            owner = folder.path / "fingerprint"
+            if not owner.exists() or owner.read_text(encoding="utf-8").strip() == fingerprint:
+                write_text(owner, fingerprint + "\n")
+                return folder
+        raise AssertionError("two fingerprints of 64 equal digits")
+
+
+@contextmanager
+def open_run(path: Path, fresh: bool = False) -> Iterator[RunDirectory]:
+    """The run directory, made where it is missing, locked while the block runs.
+
+    fresh    start over: remove what an earlier run left in it.
+    raises   MachineError where it can't be written, holds something that is no run, or another process writes it.
+    """
+    try:
+        _claim(path)
+        with (path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise MachineError(
+                    f"output: another moss run is writing {path}. Wait for it, or give another output."
+                ) from None
+            if fresh:
+                _clear(path)
+            yield RunDirectory(path)
+    except PermissionError as error:
+        raise MachineError(
+            f"output: no permission to write {error.filename or path}. Give an output that you may write."
+        ) from None
+
+
+def _claim(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise MachineError(f"output: {path} is a file. Give the path of a directory.")
+    refuse_foreign(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_foreign(path: Path) -> None:
+    """MachineError where a directory holds files that no run wrote: nothing of the user's is ever overwritten."""
+    if path.is_dir() and any(child.name != ".lock" for child in path.iterdir()) and not (path / _MARK).exists():
+        raise MachineError(
+            f"output: {path} is not empty and no run of moss wrote it. Give another output, or empty it."
+        )
+
+
+def _clear(path: Path) -> None:
+    for child in path.iterdir():
+        if child.name not in (".lock", _MARK):
+            shutil.rmtree(child) if child.is_dir() else child.unlink()

@@ -1,0 +1,96 @@
+"""Text classification: one text, one label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moss_rlhf.data import Column
+from moss_rlhf.model.runtime import Runtime
+from moss_rlhf.tasks.batching import by_length, chunks, pad, padding_of
+from moss_rlhf.tasks.metrics import Metric, accuracy, macro_f1
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+_TOKENIZED_AT_ONCE = 1000
+
+
+class TextClassification:
+    """What the other rooms ask of the task."""
+
+    name = "text-classification"
+    columns = (Column("text", "text"), Column("label", "label"))
+    metric = "accuracy"
+    metrics: Mapping[str, Metric] = {"accuracy": accuracy, "macro_f1": macro_f1}
+
+    def auto_class(self) -> Any:
+        """The transformers class whose head fits."""
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    def encode(self, rows: Dataset, tokenizer: Any, max_length: int, cache_file: str | None = None) -> Dataset:
+        """Tokenize: columns input_ids, token_type_ids where the tokenizer makes them, length, and labels where known.
+
+        rows         columns `text` and, optionally, `label` (class ids).
+        max_length   tokens kept of each text, special tokens included; the tail is cut.
+        """
+        padding = padding_of(tokenizer)
+
+        def encode_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+            encoded = tokenizer(batch["text"], truncation=True, max_length=max_length, return_attention_mask=False)
+            columns = {name: encoded[name] for name in padding if name != "attention_mask"}
+            labels = {"labels": batch["label"]} if "label" in batch else {}
+            return {**columns, **labels, "length": [len(ids) for ids in columns["input_ids"]]}
+
+        return rows.map(
+            encode_batch,
+            batched=True,
+            batch_size=_TOKENIZED_AT_ONCE,
+            remove_columns=rows.column_names,
+            cache_file_name=cache_file,
+            # the name of a function's bytes is no name of its meaning; the caller's cache file is
+            new_fingerprint=None if cache_file is None else cache_file.rpartition("/")[2].replace(".", "-"),
+        )
+
+    def lengths(self, rows: Dataset, tokenizer: Any, most: int, seed: int) -> NDArray[np.int64]:
+        """Tokens of each text, uncut, special tokens included; of a seeded sample of `most` rows."""
+        order = np.random.default_rng(seed).permutation(len(rows))[:most]
+        texts = rows.select(np.sort(order))["text"][:]
+        encoded = tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False)
+        return np.array([len(ids) for ids in encoded["input_ids"]], dtype=np.int64)
+
+    def collate(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
+        """Encoded rows → one batch of tensors, labels included."""
+        import torch
+
+        batch: dict[str, NDArray[Any]] = dict(pad(rows, padding_of(tokenizer)))
+        batch["labels"] = np.array([row["labels"] for row in rows], dtype=np.int64)
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def loss(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy in float32. logits (batch, classes), labels (batch,)."""
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(logits.float(), labels, reduction=reduction)
+
+    def predict(self, runtime: Runtime, encoded: Dataset, tokenizer: Any, batch_size: int = 32) -> NDArray[np.float32]:
+        """Logits (rows, classes) in the rows' order; computed in batches of similar lengths."""
+        padding = padding_of(tokenizer)
+        logits: list[NDArray[np.float32]] = []
+        order = by_length(encoded["length"])
+        for positions in chunks(order, batch_size):
+            rows = encoded[positions]
+            batch = pad([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)], padding)
+            logits.append(runtime.run(batch))
+        result = np.concatenate(logits)
+        return result[np.argsort(order)]
+
+    def answers(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Class ids, (rows,)."""
+        return logits.argmax(axis=1).astype(np.int64)
