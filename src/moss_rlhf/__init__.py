@@ -1,1 +1,62 @@
-"""moss-rlhf."""
+"""Make a pretrained language model small, fast and good at your task. The public names, each imported when first used.
+
+run(recipe)          the whole story: a recipe, a path to one, or a mapping → the report
+load(path)           a checkpoint → Model with .network, .tokenizer, .task; load(id, labels=[…]) to start from a pretrained one
+save(model, path)    a checkpoint that stands alone
+Recipe               the recipe's type
+prune, narrow, shorten, quantize, finetune, evaluate, export     each on a Model in memory, without a recipe
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moss_rlhf.evaluation import evaluate
+    from moss_rlhf.exporting import export
+    from moss_rlhf.finetuning import finetune
+    from moss_rlhf.model.checkpoint import Model
+    from moss_rlhf.model.checkpoint import save_checkpoint as save
+    from moss_rlhf.optimization import narrow, prune, quantize, shorten
+    from moss_rlhf.pipeline import run
+    from moss_rlhf.recipe import Recipe
+    from moss_rlhf.tasks.loading import load
+
+_HOMES = {
+    "Model": ("moss_rlhf.model.checkpoint", "Model"),
+    "Recipe": ("moss_rlhf.recipe", "Recipe"),
+    "evaluate": ("moss_rlhf.evaluation", "evaluate"),
+    "export": ("moss_rlhf.exporting", "export"),
+    "finetune": ("moss_rlhf.finetuning", "finetune"),
+    "load": ("moss_rlhf.tasks.loading", "load"),
+    "narrow": ("moss_rlhf.optimization", "narrow"),
+    "prune": ("moss_rlhf.optimization", "prune"),
+    "quantize": ("moss_rlhf.optimization", "quantize"),
+    "run": ("moss_rlhf.pipeline", "run"),
+    "save": ("moss_rlhf.model.checkpoint", "save_checkpoint"),
+    "shorten": ("moss_rlhf.optimization", "shorten"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moss_rlhf' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)
+
+
+__all__ = [
+    "Model",
+    "Recipe",
+    "evaluate",
+    "export",
+    "finetune",
+    "load",
+    "narrow",
+    "prune",
+    "quantize",
+    "run",
+    "save",
+    "shorten",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -68,3 +69,24 @@ def digest(value: Any) -> str:
 def file_digest(place: Path) -> str:
     with place.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_DISK_FAULTS = {
+    errno.ENOSPC: "no space is left on the disk. Free some, or give an output on another disk; run again to go on.",
+    errno.EDQUOT: "the disk quota is used up. Free some space, or give an output elsewhere; run again to go on.",
+    errno.EROFS: "the file system is read-only. Give an output that you may write.",
+    errno.EACCES: "no permission. Give a path that you may read and write.",
+}
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """What is wrong with the disk, where that is what an error, or what caused it, says; else None."""
+    seen: BaseException | None = error
+    while seen is not None:
+        for code, sentence in _DISK_FAULTS.items():
+            if getattr(seen, "errno", None) == code or os.strerror(code) in str(seen):
+                return f"{getattr(seen, 'filename', None) or 'output'}: {sentence}"
+        if "PytorchStreamWriter failed writing" in str(seen):  # torch's only word for a full disk
+            return f"output: {_DISK_FAULTS[errno.ENOSPC]}"
+        seen = seen.__cause__ or seen.__context__
+    return None

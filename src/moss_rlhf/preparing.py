@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moss_rlhf.checking import check_labels, check_stages
 from moss_rlhf.data import Splits, load_splits
 from moss_rlhf.files import digest, file_digest
 from moss_rlhf.model.checkpoint import (
@@ -16,19 +17,18 @@ from moss_rlhf.model.checkpoint import (
     load_checkpoint,
     load_pretrained,
     load_tokenizer,
-    position_limit,
-    trained_labels,
 )
-from moss_rlhf.model.locate import locate, read_config, weight_files
+from moss_rlhf.model.config import position_limit, read_config, trained_labels
+from moss_rlhf.model.locate import locate, weight_files
 from moss_rlhf.model.runtime import Batch
 from moss_rlhf.progress import Progress
-from moss_rlhf.recipe import Recipe, recipe_values, stage_kind
+from moss_rlhf.recipe import Recipe, recipe_values, stage_kind, stages_before_compression
 from moss_rlhf.rundir import RunDirectory, StageFolder
-from moss_rlhf.tasks import TASKS, Task, load
+from moss_rlhf.tasks import TASKS, Task
 from moss_rlhf.tasks.batching import batches_of, padding_of
 from moss_rlhf.tasks.lengths import choose_max_length, length_facts
+from moss_rlhf.tasks.loading import load
 
-COMPRESSING = frozenset({"narrow", "shorten", "prune", "quantize"})
 _LENGTH_SAMPLE = 10_000
 _DECIDING = ("moss-rlhf", "torch", "transformers", "accelerate", "tokenizers")
 
@@ -99,14 +99,10 @@ class Session:
         return list(batches_of(rows, size, padding_of(tokenizer)))
 
 
-def stages_before_compression(recipe: Recipe) -> int:
-    kinds = [stage_kind(stage) for stage in recipe.stages]
-    return next((index for index, kind in enumerate(kinds) if kind in COMPRESSING), len(kinds))
-
-
 def prepare(recipe: Recipe, place: RunDirectory, progress: Progress, threads: int) -> Session:
     """Read the data and tokenize it, find the model, name every stage's folder."""
     task, source = TASKS[recipe.task], locate(recipe.model)
+    check_stages(recipe, source)
     splits = load_splits(
         recipe.data,
         task.columns,
@@ -115,6 +111,7 @@ def prepare(recipe: Recipe, place: RunDirectory, progress: Progress, threads: in
         known_labels=trained_labels(read_config(source)),
         progress=progress,
     )
+    check_labels(recipe, read_config(source), splits.labels)
     rows = _encode(splits, task, source, recipe, place.data)
     start = _start_fingerprint(recipe, source, splits, threads)
     return Session(recipe, place, progress, source, splits.labels, splits.notes, rows, _folders(recipe, place, start))
@@ -122,7 +119,7 @@ def prepare(recipe: Recipe, place: RunDirectory, progress: Progress, threads: in
 
 def _encode(splits: Splits, task: Task, source: Path, recipe: Recipe, cache: Path) -> EncodedSplits:
     tokenizer = load_tokenizer(source, recipe.trust_remote_code)
-    limit = position_limit(read_config(source), tokenizer)
+    limit = position_limit(read_config(source), tokenizer.model_max_length)
     present = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     lengths = {
         name: task.lengths(rows, tokenizer, _LENGTH_SAMPLE, recipe.seed)

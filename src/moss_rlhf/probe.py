@@ -15,7 +15,7 @@ def open_artifact(artifact: Path) -> Runtime:
     """The runtime of an ONNX file or a checkpoint directory; torch is imported for the latter alone."""
     if artifact.suffix == ".onnx":
         return OnnxRuntime(artifact)
-    from moss_rlhf.tasks import load
+    from moss_rlhf.tasks.loading import load
 
     return TorchRuntime(load(artifact).network)
 

@@ -24,7 +24,7 @@ _LONGEST_CELL = 2**31 - 1  # csv refuses cells above 131,072 characters unless t
 class Cells(Protocol):
     """A list (csv, tsv, txt: keys are positions from 0) or a mapping (json, jsonl, parquet, hub: keys are names)."""
 
-    def __getitem__(self, key: Any, /) -> Any: ...  # noqa: ANN401  # a list and a mapping share no key type
+    def __getitem__(self, key: Any, /) -> Any: ...  # a list and a mapping share no key type
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
 

@@ -12,7 +12,8 @@ from moss_rlhf.evaluation.statistics import bootstrap, paired_difference
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.cost import macs_per_token
 from moss_rlhf.model.runtime import Runtime, TorchRuntime
-from moss_rlhf.tasks import TASKS, Task, encoded
+from moss_rlhf.tasks import TASKS, Task
+from moss_rlhf.tasks.loading import encoded
 from moss_rlhf.tasks.metrics import confusion
 
 

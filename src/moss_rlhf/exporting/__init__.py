@@ -1,5 +1,5 @@
 """Runtime files: what is measured is what is shipped."""
 
-from moss_rlhf.exporting.onnx import export_onnx
+from moss_rlhf.exporting.onnx import export, export_onnx
 
-__all__ = ["export_onnx"]
+__all__ = ["export", "export_onnx"]

@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 from moss_rlhf.errors import MossError
 from moss_rlhf.exporting.int8 import quantize_graph
 from moss_rlhf.files import new_directory
-from moss_rlhf.model.checkpoint import KEY, Model
+from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.config import KEY
 from moss_rlhf.model.grid import quantized_weights
 from moss_rlhf.model.runtime import Batch, OnnxRuntime, TorchRuntime
+from moss_rlhf.tasks.batching import batches_of, padding_of
 
 FILE = "model.onnx"
 _OPSET = 20
@@ -54,6 +56,15 @@ def export_onnx(
         "difference_to_pytorch": difference,
         "faster_here": "measured below: the runtime file is what before and after compare",
     }
+
+
+_SENTENCES = ("What a film!", "The room was cold, and nobody came when we called the desk twice.", "这家店的面很好吃")
+
+
+def export(model: Model, place: Path, texts: Sequence[str] = _SENTENCES) -> dict[str, object]:
+    """Write a model in memory to `place`/model.onnx; `texts` are what it is held against PyTorch with."""
+    tokens = [model.tokenizer(text, truncation=True, max_length=model.max_length) for text in texts]
+    return export_onnx(model, place, batches_of(tokens, len(tokens), padding_of(model.tokenizer)))
 
 
 def _keep(file: Path, place: Path | None) -> None:

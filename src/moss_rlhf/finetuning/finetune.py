@@ -34,7 +34,8 @@ from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.model.zeros import Zeros
 from moss_rlhf.progress import Progress
 from moss_rlhf.strategy import SCHEDULES
-from moss_rlhf.tasks import TASKS, Task, encoded
+from moss_rlhf.tasks import TASKS, Task
+from moss_rlhf.tasks.loading import encoded
 
 _LOGGED_POINTS = 60  # of the loss, for the chart
 Precision = Literal["auto", "float32", "bfloat16"]

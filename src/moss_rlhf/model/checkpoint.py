@@ -24,11 +24,11 @@ from torch import nn
 from moss_rlhf.errors import ModelError
 from moss_rlhf.files import new_directory, write_json
 from moss_rlhf.model.anatomy import Anatomy, BlockShape, anatomy_of
+from moss_rlhf.model.config import KEY, position_limit, read_config, trained_labels
 from moss_rlhf.model.cost import Dimensions
-from moss_rlhf.model.locate import read_config, read_header, weight_files
+from moss_rlhf.model.locate import read_header, weight_files
 from moss_rlhf.model.surgery import reshape
 
-KEY = "moss_rlhf"
 REFUSAL = (
     "this checkpoint's layers have shapes that config.json of transformers can't express: use moss_rlhf.load(path)"
 )
@@ -68,7 +68,7 @@ class Model:
     @property
     def max_length(self) -> int:
         """Tokens that the network has positions for."""
-        return position_limit(self.network.config.to_dict(), self.tokenizer)
+        return position_limit(self.network.config.to_dict(), self.tokenizer.model_max_length)
 
     @property
     def dimensions(self) -> Dimensions:
@@ -76,13 +76,6 @@ class Model:
         head = sum(parameter.numel() for _, parameter in anatomy.head if parameter.dim() == 2)
         hidden = getattr(self.network.config, anatomy.family.hidden)
         return Dimensions(hidden, anatomy.blocks[0].head_size, anatomy.shapes, head)
-
-
-def position_limit(config: dict[str, Any], tokenizer: Any) -> int:
-    """Tokens that a network has positions for, by its config.json."""
-    # RoBERTa counts positions from the padding index + 1
-    offset = config["pad_token_id"] + 1 if config["model_type"] in ("roberta", "xlm-roberta") else 0
-    return int(min(config["max_position_embeddings"] - offset, tokenizer.model_max_length))
 
 
 def load_pretrained(
@@ -135,15 +128,6 @@ def _head_modules(network: Any) -> list[nn.Module]:
         for module in child.modules()
         if isinstance(module, nn.Linear)
     ]
-
-
-def trained_labels(config: dict[str, Any]) -> tuple[str, ...] | None:
-    """The label names of a checkpoint whose classification head was trained, else None. For config.json alone, no weights."""
-    architectures = config.get("architectures") or []
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
-        return None
-    names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    return tuple(str(names[key]) for key in sorted(names, key=int))
 
 
 def load_tokenizer(place: Path, trust_remote_code: bool = False) -> Any:

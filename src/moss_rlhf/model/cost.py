@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moss_rlhf.model.anatomy import BlockShape
@@ -55,5 +54,18 @@ def training_bytes(parameters: int, hidden: int, layers: int, tokens: int) -> in
     return 16 * parameters + 68 * hidden * layers * tokens
 
 
-def mean_length(lengths: Sequence[int]) -> float:
-    return sum(lengths) / len(lengths)
+def all_block_parameters(shape: BlockShape, hidden: int, head_size: int) -> int:
+    """Every parameter of one block: matrices, biases, two norms."""
+    attention = shape.heads * head_size
+    return (
+        block_parameters(shape, hidden, head_size) + 3 * attention + hidden + shape.feed_forward + hidden + 4 * hidden
+    )
+
+
+def units_kept(units: int, removed: float, multiple_of: int = 1) -> int:
+    """How many of `units` stay when the share `removed` goes (rounded down to whole units), at a multiple of `multiple_of` where that leaves room.
+
+    At least one stays, and never more than there are.
+    """
+    kept = units - int(units * removed + 1e-9)  # 0.7 · 10 is 6.999…
+    return min(units, -(-kept // multiple_of) * multiple_of)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moss_rlhf.errors import ModelError
 from moss_rlhf.files import file_digest
@@ -115,19 +113,6 @@ def _checkpoint(place: Path) -> Path:
 
 def weight_files(place: Path) -> list[Path]:
     return sorted(place.glob("*.safetensors"))
-
-
-def read_config(place: Path) -> dict[str, Any]:
-    """config.json as it stands."""
-    try:
-        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(
-            f"model: {place}/config.json is broken ({error}). Fetch or save the checkpoint again."
-        ) from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ModelError(f"model: {place}/config.json names no model_type. Give a Hugging Face checkpoint.")
-    return config
 
 
 def read_header(weights: Path) -> dict[str, tuple[int, ...]]:

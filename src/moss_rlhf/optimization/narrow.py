@@ -17,24 +17,17 @@ from torch import Tensor, nn
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import Block
 from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.cost import units_kept
 from moss_rlhf.model.surgery import keep_feed_forward, keep_heads
 from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches
 from moss_rlhf.progress import Progress
-from moss_rlhf.tasks import TASKS, encoded
+from moss_rlhf.tasks import TASKS
+from moss_rlhf.tasks.loading import encoded
 
 
 def keep_highest(score: Tensor, kept: int) -> Tensor:
     """Indices of the `kept` highest scores, ascending, int64; ties go to the lower index. score (units,)."""
     return score.argsort(descending=True, stable=True)[:kept].sort().values
-
-
-def units_kept(units: int, removed: float, multiple_of: int = 1) -> int:
-    """How many of `units` stay when the share `removed` goes (rounded down to whole units), at a multiple of `multiple_of` where that leaves room.
-
-    At least one stays, and never more than there are.
-    """
-    kept = units - int(units * removed + 1e-9)  # 0.7 · 10 is 6.999…
-    return min(units, -(-kept // multiple_of) * multiple_of)
 
 
 def fisher_scores(model: Model, sample: Any, progress: Progress) -> list[tuple[Tensor, Tensor]]:

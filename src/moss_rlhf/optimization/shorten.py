@@ -20,7 +20,7 @@ from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.surgery import keep_blocks, set_blocks
 from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches, mean_loss
 from moss_rlhf.progress import Progress
-from moss_rlhf.tasks import encoded
+from moss_rlhf.tasks.loading import encoded
 
 
 def angular_distance(before: Tensor, after: Tensor) -> Tensor:

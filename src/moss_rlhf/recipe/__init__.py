@@ -16,6 +16,7 @@ from moss_rlhf.recipe.schema import (
     StageSpec,
     stage_kind,
     stage_spec,
+    stages_before_compression,
 )
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "recipe_yaml",
     "stage_kind",
     "stage_spec",
+    "stages_before_compression",
 ]

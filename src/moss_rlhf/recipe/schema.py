@@ -293,3 +293,12 @@ def stage_kind(stage: Spec) -> str:
 def stage_spec(stage: Spec) -> Any:
     """The spec inside a stage; its type picks the handler."""
     return getattr(stage, stage_kind(stage))
+
+
+COMPRESSING = frozenset({"narrow", "shorten", "prune", "quantize"})
+
+
+def stages_before_compression(recipe: Recipe) -> int:
+    """How many stages come before the first compressing one: what enters it is 'before', and the teacher 'parent'."""
+    kinds = [stage_kind(stage) for stage in recipe.stages]
+    return next((index for index, kind in enumerate(kinds) if kind in COMPRESSING), len(kinds))

@@ -200,7 +200,7 @@ def latency_in_words(report: Report) -> str:
     return _before_after(report, before, after, f", median for {texts}" if batch else "")
 
 
-def _speed(report: Report, side: str, field: str, batch: str | None) -> Any:  # noqa: ANN401  # a rate, or percentiles
+def _speed(report: Report, side: str, field: str, batch: str | None) -> Any:  # a rate, or percentiles
     return ((report.get(side) or {}).get(field) or {}).get(batch)
 
 

@@ -1,0 +1,273 @@
+"""Everything that can be found wrong, or foretold, before any work: reads files, imports no torch."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_rlhf.data import DataCheck, check_data
+from moss_rlhf.errors import MachineError, ModelError, RecipeError
+from moss_rlhf.model.anatomy import BlockShape
+from moss_rlhf.model.config import (
+    KEY,
+    block_shapes,
+    head_size,
+    hidden_size,
+    position_limit,
+    read_config,
+    trained_labels,
+)
+from moss_rlhf.model.cost import (
+    Dimensions,
+    all_block_parameters,
+    macs_per_token,
+    training_bytes,
+    training_flops,
+    units_kept,
+)
+from moss_rlhf.model.locate import locate, read_header, weight_files
+from moss_rlhf.progress import Progress
+from moss_rlhf.recipe import (
+    FinetuneSpec,
+    NarrowSpec,
+    QuantizeSpec,
+    Recipe,
+    ShortenSpec,
+    stage_kind,
+    stage_spec,
+    stages_before_compression,
+)
+from moss_rlhf.rundir import refuse_foreign
+from moss_rlhf.tasks import TASKS
+from moss_rlhf.tasks.lengths import choose_max_length, length_facts
+
+_EFFICIENCY = 0.5  # of a plain matrix product's speed, reached in training (docs/LOG.md)
+_LIBRARY_BYTES = 600 * 2**20
+_CHECKPOINT_BYTES = 28  # a parameter's share of two resume states (weights and two moments) and the best weights
+_TRAINING_COST = 3  # a forward and a backward, in forwards
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one stage will leave and take."""
+
+    kind: str
+    parameters: int
+    macs_per_token: float
+    seconds: float
+    memory_bytes: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found; `tokens` are the length facts of each split."""
+
+    data: DataCheck
+    tokens: dict[str, dict[str, float]]
+    parameters: int
+    stages: tuple[Forecast, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _State:
+    """The network as a stage finds it."""
+
+    shapes: tuple[BlockShape, ...]
+    hidden: int
+    head_size: int
+    parameters: int
+    head_parameters: int
+
+    @property
+    def dimensions(self) -> Dimensions:
+        return Dimensions(self.hidden, self.head_size, self.shapes, self.head_parameters)
+
+    def with_shapes(self, shapes: Sequence[BlockShape]) -> _State:
+        def count(blocks: Sequence[BlockShape]) -> int:
+            return sum(all_block_parameters(shape, self.hidden, self.head_size) for shape in blocks)
+
+        parameters = self.parameters - count(self.shapes) + count(shapes)
+        return _State(tuple(shapes), self.hidden, self.head_size, parameters, self.head_parameters)
+
+
+def check(recipe: Recipe, progress: Progress | None = None) -> Check:
+    """Validate everything that a run would stumble over, and foretell its stages.
+
+    raises   UserError: the first fault found, in the order model, stages, output, data.
+    """
+    place = locate(recipe.model)
+    config = read_config(place)
+    check_stages(recipe, place)
+    check_output(recipe, _initial_state(place, config, labels=2).parameters)
+    task = TASKS[recipe.task]
+    known = trained_labels(config)
+    data = check_data(
+        recipe.data, task.columns, seed=recipe.seed, known_labels=known, progress=progress or Progress(quiet=True)
+    )
+    check_labels(recipe, config, data.labels)
+    lengths = {split: _token_lengths(place, texts) for split, texts in data.samples.items()}
+    limit = position_limit(config, float("inf"))
+    longest = choose_max_length(recipe.data.max_length, lengths["train"], limit)
+    tokens = {split: length_facts(values, longest) for split, values in lengths.items()}
+    state = _initial_state(place, config, len(data.labels))
+    rows = {split: facts["rows"] for split, facts in data.facts.items()}
+    stages = tuple(_forecasts(recipe, state, rows, tokens["train"]["mean"], longest))
+    return Check(data, tokens, state.parameters, stages, data.notes)
+
+
+def check_stages(recipe: Recipe, place: Path) -> None:
+    """Whether the model can go through the stages: something to remove, something left, a teacher that is one."""
+    config = read_config(place)
+    for file in weight_files(place):
+        read_header(file)
+    shapes = block_shapes(config)
+    quantized = config.get(KEY, {}).get("quantization")
+    for index, stage in enumerate(recipe.stages):
+        field, spec = f"stages.{index}.{stage_kind(stage)}", stage_spec(stage)
+        if quantized:
+            raise ModelError(f"{field}: {place} is quantized already; give the checkpoint from before quantization.")
+        shapes = _shapes_after(spec, shapes, field)
+        if isinstance(spec, FinetuneSpec) and spec.distill:
+            _check_teacher(recipe, index, spec.distill.teacher, config, f"{field}.distill.teacher")
+
+
+def _shapes_after(spec: object, shapes: tuple[BlockShape, ...], field: str) -> tuple[BlockShape, ...]:
+    if isinstance(spec, NarrowSpec):
+        return _narrowed(spec, shapes, field)
+    if isinstance(spec, ShortenSpec):
+        if spec.remove >= len(shapes):
+            raise RecipeError(
+                f"{field}.remove: {spec.remove} of {len(shapes)} layers would leave none. Give 1 to {len(shapes) - 1}."
+            )
+        return shapes[: len(shapes) - spec.remove]
+    return shapes
+
+
+def _narrowed(spec: NarrowSpec, shapes: tuple[BlockShape, ...], field: str) -> tuple[BlockShape, ...]:
+    narrowed = tuple(
+        BlockShape(
+            units_kept(shape.heads, spec.heads), units_kept(shape.feed_forward, spec.feed_forward, spec.multiple_of)
+        )
+        for shape in shapes
+    )
+    if narrowed == shapes:
+        raise RecipeError(
+            f"{field}: heads {spec.heads} and feed_forward {spec.feed_forward} remove less than one unit of "
+            f"{shapes[0].heads} heads and {shapes[0].feed_forward} neurons. Give larger shares."
+        )
+    return narrowed
+
+
+def _check_teacher(recipe: Recipe, index: int, teacher: str, config: dict[str, Any], field: str) -> None:
+    if teacher != "parent":
+        locate(teacher)
+        return
+    parent = stages_before_compression(recipe)
+    if index < parent:
+        raise RecipeError(
+            f"{field}: 'parent' is the model that enters the first compressing stage, and this stage comes before it. "
+            "Leave distill out here, or give the directory of a trained checkpoint."
+        )
+    if parent == 0 and trained_labels(config) is None:
+        raise RecipeError(
+            f"{field}: 'parent' would be {recipe.model}, whose head was never trained. Put a finetune stage first, or "
+            "give the directory of a trained checkpoint."
+        )
+
+
+def check_labels(recipe: Recipe, config: dict[str, Any], labels: Sequence[str]) -> None:
+    """A checkpoint of ours serves the labels it was trained for."""
+    known = trained_labels(config)
+    if KEY in config and known is not None and set(known) != set(labels):
+        raise ModelError(
+            f"model: {recipe.model} was trained for the labels {', '.join(known)}; the data has {', '.join(labels)}. "
+            "Give data with the same labels (data.labels renames them), or start from the pretrained model."
+        )
+
+
+def check_output(recipe: Recipe, parameters: int) -> None:
+    """Whether the output can be written and the disk holds what the run will leave."""
+    output = Path(recipe.output)
+    refuse_foreign(output)
+    existing = next(parent for parent in [output, *output.absolute().parents] if parent.exists())
+    if not existing.is_dir():
+        raise MachineError(f"output: {existing} is a file. Give the path of a directory.")
+    free = shutil.disk_usage(existing).free
+    needed = parameters * (_CHECKPOINT_BYTES + 4 * (len(recipe.stages) + 2))
+    if free < needed:
+        raise MachineError(
+            f"output: {existing} has {free / 1e9:.2f} GB free and the run needs about {needed / 1e9:.2f} GB. "
+            "Free some space, or give an output on another disk."
+        )
+
+
+def _initial_state(place: Path, config: dict[str, Any], labels: int) -> _State:
+    header = {name: shape for file in weight_files(place) for name, shape in read_header(file).items()}
+    parameters = sum(int(np.prod(shape)) for shape in header.values())
+    hidden = hidden_size(config)
+    head = hidden * hidden + hidden * labels  # pooler (or its like) and classifier
+    if trained_labels(config) is None:
+        parameters += hidden * labels + labels
+    return _State(block_shapes(config), hidden, head_size(config), parameters, head)
+
+
+def _token_lengths(place: Path, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text, special ones included; by the fast tokenizer's file, else about four characters a token."""
+    file = place / "tokenizer.json"
+    if not file.exists():
+        return [max(3, len(text) // 4) for text in texts]
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
+
+
+def _forecasts(recipe: Recipe, state: _State, rows: dict[str, int], length: float, longest: int) -> list[Forecast]:
+    rate = _multiplication_rate() * _EFFICIENCY
+    forecasts = []
+    for stage in recipe.stages:
+        spec = stage_spec(stage)
+        flops, memory = _work(spec, state, rows, length, longest)
+        state = state.with_shapes(_shapes_after(spec, state.shapes, stage_kind(stage)))
+        macs = macs_per_token(state.dimensions, length)
+        forecasts.append(Forecast(stage_kind(stage), state.parameters, macs, flops / rate, memory, flops))
+    return forecasts
+
+
+def _work(spec: object, state: _State, rows: dict[str, int], length: float, longest: int) -> tuple[float, int]:
+    """Operations and peak bytes of one stage."""
+    forward = 2 * macs_per_token(state.dimensions, length) * length
+    memory = _LIBRARY_BYTES + 8 * state.parameters
+    if isinstance(spec, FinetuneSpec):
+        tokens = spec.epochs * rows["train"] * length
+        evaluations = spec.epochs * spec.evaluations_per_epoch * rows["validation"] * forward
+        training = training_flops(state.dimensions, length, tokens) + evaluations
+        batch = spec.batch_size * longest
+        return training, _LIBRARY_BYTES + training_bytes(state.parameters, state.hidden, len(state.shapes), batch)
+    if isinstance(spec, NarrowSpec):
+        return _TRAINING_COST * min(spec.rows, rows["train"]) * forward, memory
+    if isinstance(spec, ShortenSpec):
+        passes = sum(len(state.shapes) - count for count in range(spec.remove)) if spec.score == "loss" else 1
+        return passes * min(spec.rows, rows["train"]) * forward, memory
+    return (0.0, memory + 8 * state.parameters) if isinstance(spec, QuantizeSpec) else (0.0, memory)
+
+
+def _multiplication_rate() -> float:
+    """Operations a second of a float32 matrix product, measured now."""
+    matrix = np.ones((768, 768), dtype=np.float32)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        np.dot(matrix, matrix)
+        best = min(best, time.perf_counter() - started)
+    return float(2 * 768**3 / best)

@@ -1,0 +1,159 @@
+"""The command `moss`: parses, calls, prints. No logic, and nothing heavy imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moss_rlhf.errors import Interrupted, UserError
+
+app = typer.Typer(
+    help="Make a pretrained language model small, fast and good at your task, with a report that proves it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="FIELD=VALUE, such as stages.0.finetune.epochs=5; may be repeated")
+]
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        print(f"moss-rlhf {version_of('moss-rlhf')}")
+        raise typer.Exit
+
+
+@app.command()
+def init(
+    train: Annotated[Path, typer.Option(help="a data file: csv, tsv, txt, json, jsonl, parquet, also .gz")],
+    task: Annotated[str, typer.Option(help="what the model shall do")] = "text-classification",
+    model: Annotated[str, typer.Option(help="hub id or directory")] = "sentence-transformers/all-MiniLM-L6-v2",
+    test: Annotated[Path | None, typer.Option(help="a file to measure on; else validation is")] = None,
+) -> None:
+    """Write a recipe for your data to standard output."""
+    from moss_rlhf.starting import starting_recipe
+
+    print(starting_recipe(task, model, train, test), end="")
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Check recipe, data and model, and foretell parameters, memory and time, before any work."""
+    from moss_rlhf.checking import check as check_recipe
+    from moss_rlhf.progress import Progress
+    from moss_rlhf.recipe import read_recipe
+    from moss_rlhf.reporting.forecast import forecast_text
+
+    print(forecast_text(check_recipe(read_recipe(recipe, overrides or ()), Progress())))
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over instead of going on")] = False,
+) -> None:
+    """Do what a recipe says; run again after an interruption and it goes on from there."""
+    from moss_rlhf.progress import Progress
+    from moss_rlhf.recipe import read_recipe
+
+    settings = read_recipe(recipe, overrides or ())
+    from moss_rlhf.pipeline import run as run_recipe
+    from moss_rlhf.reporting import terminal_summary
+
+    report = run_recipe(settings, fresh=fresh, progress=Progress())
+    print(terminal_summary(report))
+    print(f"\nreport: {Path(settings.output) / 'report.html'}")
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="a run, a checkpoint, or a directory with model.onnx")],
+    texts: Annotated[list[str] | None, typer.Argument(help="texts; none: lines of standard input")] = None,
+) -> None:
+    """Print label, probability and text of each text, tab-separated."""
+    from moss_rlhf.progress import quiet_libraries
+    from moss_rlhf.serving import Predictor
+
+    if not (model / "model.onnx").exists() and not (model / "report.json").exists():
+        quiet_libraries()
+    predictor = Predictor.open(model)
+    lines = texts or [line for line in map(str.strip, sys.stdin) if line]
+    for text, answer in zip(lines, predictor.predict(lines), strict=True):
+        print(f"{answer.label}\t{answer.probability:.3f}\t{text}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="a checkpoint")],
+    data: Annotated[Path, typer.Argument(help="a data file with text and label")],
+) -> None:
+    """Measure a checkpoint on a labelled file: metrics with 95 % intervals, as JSON."""
+    from moss_rlhf.starting import evaluate_file
+
+    print(json.dumps(evaluate_file(model, data), indent=1, ensure_ascii=False))
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="a checkpoint")],
+    output: Annotated[Path, typer.Argument(help="a directory for model.onnx and its tokenizer")],
+) -> None:
+    """Write a checkpoint as ONNX: int8 where it is quantized, else float32; held against PyTorch before it counts."""
+    from moss_rlhf.starting import export_checkpoint
+
+    print(json.dumps(export_checkpoint(model, output), indent=1))
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON Schema: editors complete from it."""
+    from moss_rlhf.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=1))
+
+
+def main() -> None:
+    """Exit status: 0 done, 1 a fault of ours, 2 the input is wrong, 130 interrupted and resumable."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except UserError as error:
+        _stop(str(error), 2, debug)
+    except Interrupted as error:
+        _stop(str(error), 130, debug)
+    except KeyboardInterrupt:
+        _stop("interrupted; run again to go on from what is finished", 130, debug)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has left; say nothing
+    except Exception as error:  # everything that no one foresaw
+        from moss_rlhf.files import disk_fault
+
+        if fault := disk_fault(error):
+            _stop(fault, 2, debug)
+        _stop(f"a fault of moss-rlhf: {type(error).__name__}: {error} (--debug shows where)", 1, debug)
+
+
+def _stop(message: str, status: int, debug: bool) -> None:
+    if debug:
+        raise  # noqa: PLE0704  # called while an exception is handled
+    print(f"moss: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

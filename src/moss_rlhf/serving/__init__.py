@@ -1,0 +1,5 @@
+"""Answers to raw texts, from a run, a checkpoint or a runtime file."""
+
+from moss_rlhf.serving.predictor import Answer, Predictor
+
+__all__ = ["Answer", "Predictor"]

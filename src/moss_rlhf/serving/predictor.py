@@ -1,0 +1,99 @@
+"""Text in, label out: the tokenizer and the runtime of whatever was shipped. An ONNX file is served without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_rlhf.errors import ModelError
+from moss_rlhf.files import read_json
+from moss_rlhf.model.config import position_limit, read_config
+from moss_rlhf.model.runtime import OnnxRuntime, Runtime, TorchRuntime
+from moss_rlhf.tasks.batching import batches_of
+
+_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Answer:
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Answers texts. `open` takes a run's directory (what it shipped), a checkpoint, or a directory with model.onnx."""
+
+    runtime: Runtime
+    tokenizer: Any  # of the package tokenizers
+    padding: dict[str, int]
+    labels: tuple[str, ...]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Predictor:
+        """raises ModelError where the path holds nothing that can answer."""
+        place = _shipped(Path(path))
+        config = read_config(place)
+        names = config.get("id2label") or {}
+        tokenizer = _tokenizer(place, position_limit(config, float("inf")))
+        padding = {name: config.get("pad_token_id") or 0 if name == "input_ids" else 0 for name in _INPUTS}
+        onnx = place / "model.onnx"
+        if onnx.exists():
+            runtime: Runtime = OnnxRuntime(onnx)
+        else:
+            runtime, padding = _torch(place, padding)
+        return cls(runtime, tokenizer, padding, tuple(str(names[key]) for key in sorted(names, key=int)))
+
+    def predict(self, texts: Iterable[str], batch_size: int = 32) -> Iterator[Answer]:
+        """One answer a text, in order; reads as many texts at a time as a batch holds."""
+        remaining = iter(texts)
+        while batch := list(islice(remaining, batch_size)):
+            yield from self._answers(batch)
+
+    def _answers(self, texts: Sequence[str]) -> Iterator[Answer]:
+        encodings = self.tokenizer.encode_batch(list(texts))
+        rows = [{"input_ids": encoding.ids, "token_type_ids": encoding.type_ids} for encoding in encodings]
+        (batch,) = batches_of(rows, len(rows), self.padding)
+        logits = self.runtime.run(batch).astype(np.float64)
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        for values in exponentials / exponentials.sum(axis=1, keepdims=True):
+            yield Answer(self.labels[int(values.argmax())], float(values.max()))
+
+
+def _shipped(path: Path) -> Path:
+    """The directory to serve from: of a run, the one whose artifact its report measured."""
+    if (path / "report.json").is_file():
+        artifact = path / str(read_json(path / "report.json")["after"]["artifact"])
+        return artifact.parent if artifact.suffix == ".onnx" else artifact
+    if path.suffix == ".onnx":
+        path = path.parent
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"{path}: is no run, checkpoint or ONNX directory. Give a run such as runs/my, or runs/my/model."
+        )
+    return path
+
+
+def _tokenizer(place: Path, limit: int) -> Any:
+    from tokenizers import Tokenizer
+
+    file = place / "tokenizer.json"
+    if not file.is_file():
+        raise ModelError(f"{place}: holds no tokenizer.json. Give a directory that moss run wrote.")
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(limit)
+    return tokenizer
+
+
+def _torch(place: Path, padding: dict[str, int]) -> tuple[Runtime, dict[str, int]]:
+    from moss_rlhf.tasks.batching import padding_of
+    from moss_rlhf.tasks.loading import load
+
+    model = load(place)
+    return TorchRuntime(model.network), {name: padding[name] for name in padding_of(model.tokenizer)}

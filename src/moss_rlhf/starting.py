@@ -1,0 +1,70 @@
+"""What the command line does around a run: a first recipe, one measurement, one export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moss_rlhf.data import sniff
+from moss_rlhf.errors import MachineError, RecipeError, nearest
+from moss_rlhf.tasks import TASKS
+
+_HEAD = """\
+# Paths are relative to where you call moss. `moss check` tells what this will take; `moss run` does it.
+"""
+_STAGES: list[dict[str, Any]] = [
+    {"finetune": {"epochs": 3, "learning_rate": 5e-5, "layer_decay": 0.9, "early_stopping": {"patience": 2}}},
+    {"narrow": {"heads": 0.5, "feed_forward": 0.5}},
+    {"finetune": {"epochs": 4, "learning_rate": 1e-4, "distill": {"teacher": "parent"}}},
+    {"quantize": {"scheme": "int8"}},
+]
+
+
+def starting_recipe(task: str, model: str, train: Path, test: Path | None) -> str:
+    """A recipe for a data file, as YAML: its columns found out, a fine-tuning, a compression, a recovery, int8.
+
+    raises   RecipeError on an unknown task; DataError where the file's columns can't be told.
+    """
+    if task not in TASKS:
+        raise RecipeError(f"--task {task}: unknown task; {nearest(task, TASKS)}")
+    data = sniff(train).data_section()
+    if test is not None:
+        data["test"] = data["train"] | {"file": str(test)} if isinstance(data["train"], dict) else str(test)
+    recipe = {
+        "task": task,
+        "model": model,
+        "data": {**data, "validation": 0.1},
+        "stages": _STAGES,
+        "export": ["onnx"],
+        "output": f"runs/{train.name.split('.')[0]}",
+    }
+    return _HEAD + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
+
+
+def evaluate_file(path: Path, data: Path) -> dict[str, Any]:
+    """Measure a checkpoint on one labelled file."""
+    from moss_rlhf.data import load_rows
+    from moss_rlhf.evaluation import evaluate
+    from moss_rlhf.progress import quiet_libraries
+    from moss_rlhf.tasks.loading import load
+
+    quiet_libraries()
+    model = load(path)
+    return evaluate(model, load_rows(data, TASKS[model.task].columns, model.labels))
+
+
+def export_checkpoint(path: Path, output: Path) -> dict[str, Any]:
+    """Write a checkpoint as ONNX to a directory that is not there yet, or is empty.
+
+    raises   MachineError where something is there.
+    """
+    from moss_rlhf.exporting import export
+    from moss_rlhf.progress import quiet_libraries
+    from moss_rlhf.tasks.loading import load
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise MachineError(f"{output}: is there already. Give the path of a new directory; nothing is overwritten.")
+    quiet_libraries()
+    return export(load(path), output)
