@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,7 +16,7 @@ import numpy as np
 
 from moss_rlhf.data import DataCheck, check_data
 from moss_rlhf.errors import MachineError, ModelError, RecipeError
-from moss_rlhf.model.anatomy import BlockShape
+from moss_rlhf.model.anatomy import BlockShape, family_of
 from moss_rlhf.model.config import (
     KEY,
     block_shapes,
@@ -85,17 +88,18 @@ class _State:
     head_size: int
     parameters: int
     head_parameters: int
+    projection_parameters: int
 
     @property
     def dimensions(self) -> Dimensions:
-        return Dimensions(self.hidden, self.head_size, self.shapes, self.head_parameters)
+        return Dimensions(self.hidden, self.head_size, self.shapes, self.head_parameters, self.projection_parameters)
 
     def with_shapes(self, shapes: Sequence[BlockShape]) -> _State:
         def count(blocks: Sequence[BlockShape]) -> int:
             return sum(all_block_parameters(shape, self.hidden, self.head_size) for shape in blocks)
 
         parameters = self.parameters - count(self.shapes) + count(shapes)
-        return _State(tuple(shapes), self.hidden, self.head_size, parameters, self.head_parameters)
+        return dataclasses.replace(self, shapes=tuple(shapes), parameters=parameters)
 
 
 def check(recipe: Recipe, progress: Progress | None = None) -> Check:
@@ -200,6 +204,8 @@ def check_output(recipe: Recipe, parameters: int) -> None:
     existing = next(parent for parent in [output, *output.absolute().parents] if parent.exists())
     if not existing.is_dir():
         raise MachineError(f"output: {existing} is a file. Give the path of a directory.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise MachineError(f"output: no permission to write {existing}. Give an output that you may write.")
     free = shutil.disk_usage(existing).free
     needed = parameters * (_CHECKPOINT_BYTES + 4 * (len(recipe.stages) + 2))
     if free < needed:
@@ -210,13 +216,23 @@ def check_output(recipe: Recipe, parameters: int) -> None:
 
 
 def _initial_state(place: Path, config: dict[str, Any], labels: int) -> _State:
-    header = {name: shape for file in weight_files(place) for name, shape in read_header(file).items()}
-    parameters = sum(int(np.prod(shape)) for shape in header.values())
+    """The network with a head for `labels`: every family's is a dense layer (BERT's is its pooler) and a classifier."""
     hidden = hidden_size(config)
-    head = hidden * hidden + hidden * labels  # pooler (or its like) and classifier
-    if trained_labels(config) is None:
-        parameters += hidden * labels + labels
-    return _State(block_shapes(config), hidden, head_size(config), parameters, head)
+    body = {name: math.prod(shape) for name, shape in _tensors(place).items() if _is_body(name, config["model_type"])}
+    head = hidden * hidden + hidden * labels
+    parameters = sum(body.values()) + head + hidden + labels
+    projection = sum(size for name, size in body.items() if name.endswith("embeddings_project.weight"))  # ELECTRA's
+    return _State(block_shapes(config), hidden, head_size(config), parameters, head, projection)
+
+
+def _tensors(place: Path) -> dict[str, tuple[int, ...]]:
+    return {name: shape for file in weight_files(place) for name, shape in read_header(file).items()}
+
+
+def _is_body(tensor: str, model_type: str) -> bool:
+    """Whether a tensor is of the embeddings or a block; files also hold pretraining heads, and old ones buffers."""
+    in_body = "embeddings" in tensor or f"{family_of(model_type).blocks}." in tensor
+    return in_body and not tensor.endswith("position_ids")
 
 
 def _token_lengths(place: Path, texts: Sequence[str]) -> list[int]:
@@ -226,7 +242,10 @@ def _token_lengths(place: Path, texts: Sequence[str]) -> list[int]:
         return [max(3, len(text) // 4) for text in texts]
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower one
+        raise ModelError(f"model: {file} is broken ({error}). Fetch or save the checkpoint again.") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import sys
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from moss_rlhf.errors import Interrupted, UserError
+from moss_rlhf.errors import DataError, Interrupted, UserError
 
 app = typer.Typer(
     help="Make a pretrained language model small, fast and good at your task, with a report that proves it.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -25,16 +29,22 @@ Overrides = Annotated[
 ]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"moss-rlhf {version('moss-rlhf')}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and leave", is_eager=True, callback=_print_version)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as version_of
-
-        print(f"moss-rlhf {version_of('moss-rlhf')}")
-        raise typer.Exit
+    """Options of every command; `_without_debug` takes --debug out before they are parsed, here it is only told of."""
 
 
 @app.command()
@@ -86,26 +96,40 @@ def predict(
     texts: Annotated[list[str] | None, typer.Argument(help="texts; none: lines of standard input")] = None,
 ) -> None:
     """Print label, probability and text of each text, tab-separated."""
-    from moss_rlhf.progress import quiet_libraries
     from moss_rlhf.serving import Predictor
 
-    if not (model / "model.onnx").exists() and not (model / "report.json").exists():
-        quiet_libraries()
     predictor = Predictor.open(model)
-    lines = texts or [line for line in map(str.strip, sys.stdin) if line]
-    for text, answer in zip(lines, predictor.predict(lines), strict=True):
+    shown, asked = itertools.tee(texts or _input_lines())
+    for text, answer in zip(shown, predictor.predict(asked), strict=True):
         print(f"{answer.label}\t{answer.probability:.3f}\t{text}")
+
+
+def _input_lines() -> Iterator[str]:
+    """Lines of standard input, blank ones left out."""
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError:
+            raise DataError(
+                f"standard input, line {number}: its bytes are not UTF-8. Convert it first, as with iconv."
+            ) from None
+        if text:
+            yield text
 
 
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="a checkpoint")],
     data: Annotated[Path, typer.Argument(help="a data file with text and label")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="how to read the file, such as data.test.columns.text=review; may be repeated"),
+    ] = None,
 ) -> None:
     """Measure a checkpoint on a labelled file: metrics with 95 % intervals, as JSON."""
     from moss_rlhf.starting import evaluate_file
 
-    print(json.dumps(evaluate_file(model, data), indent=1, ensure_ascii=False))
+    print(json.dumps(evaluate_file(model, data, overrides or ()), indent=1, ensure_ascii=False))
 
 
 @app.command()
@@ -127,19 +151,22 @@ def schema() -> None:
     print(json.dumps(Recipe.model_json_schema(), indent=1))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Exit status: 0 done, 1 a fault of ours, 2 the input is wrong, 130 interrupted and resumable."""
-    debug = "--debug" in sys.argv
+    words, debug = _without_debug(sys.argv[1:] if arguments is None else arguments)
     try:
-        app()
+        _call(words or ["--help"])
+        sys.stdout.flush()
+    except typer.TyperException as error:
+        _stop(f"{error.format_message()} (moss --help and moss COMMAND --help tell more)", 2, debug)
     except UserError as error:
         _stop(str(error), 2, debug)
     except Interrupted as error:
         _stop(str(error), 130, debug)
     except KeyboardInterrupt:
         _stop("interrupted; run again to go on from what is finished", 130, debug)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has left; say nothing
+    except BrokenPipeError:  # the reader of our output has left: say nothing, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:  # everything that no one foresaw
         from moss_rlhf.files import disk_fault
 
@@ -148,9 +175,23 @@ def main() -> None:
         _stop(f"a fault of moss-rlhf: {type(error).__name__}: {error} (--debug shows where)", 1, debug)
 
 
-def _stop(message: str, status: int, debug: bool) -> None:
+def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """The words but for --debug, which may stand anywhere before a `--`."""
+    words = list(itertools.takewhile(lambda word: word != "--", arguments))
+    kept = [word for word in words if word != "--debug"]
+    return [*kept, *arguments[len(words) :]], len(kept) < len(words)
+
+
+def _call(arguments: list[str]) -> None:
+    """Not typer's own way to call: that makes every KeyboardInterrupt a silent exit, and an Interrupted has words."""
+    command = typer.main.get_command(app)
+    with contextlib.suppress(typer.Exit), command.make_context("moss", arguments) as context:
+        command.invoke(context)
+
+
+def _stop(message: str, status: int, debug: bool) -> NoReturn:
     if debug:
-        raise  # noqa: PLE0704  # called while an exception is handled
+        traceback.print_exc()
     print(f"moss: {message}", file=sys.stderr)
     sys.exit(status)
 

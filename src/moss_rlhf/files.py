@@ -16,7 +16,7 @@ from typing import Any
 
 @contextmanager
 def new_directory(place: Path) -> Iterator[Path]:
-    """A directory that appears at `place`, whole, when the block ends; replaces what stood there, leaves nothing on an error."""
+    """A directory that appears at `place`, whole, when the block ends, for what stood there; or none, on an error."""
     place.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{place.name}-", suffix=".partial", dir=place.parent))
     partial.chmod(0o755)
@@ -76,6 +76,10 @@ _DISK_FAULTS = {
     errno.EDQUOT: "the disk quota is used up. Free some space, or give an output elsewhere; run again to go on.",
     errno.EROFS: "the file system is read-only. Give an output that you may write.",
     errno.EACCES: "no permission. Give a path that you may read and write.",
+    errno.EPERM: "not permitted. Give a path that you may read and write.",
+    errno.ENOTDIR: "a part of this path is a file, not a directory. Give another path.",
+    errno.EEXIST: "is a file, and a directory is needed there. Give another path.",
+    errno.ENAMETOOLONG: "the name is too long. Give a shorter one.",
 }
 
 

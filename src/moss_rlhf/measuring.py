@@ -36,10 +36,12 @@ _CHANGED_SHOWN = 20
 _SPEED_POOL = 2000
 PROTOCOL = (
     "Before and after answer the same rows; 'before' is the uncompressed fine-tuned model in PyTorch float32.",
-    "Intervals are percentile bootstraps over rows; the difference is paired, row by row, and its p-value is McNemar's exact test.",
-    "Speed: identical tokenized batches of evaluation texts in random order, padded to their longest, the same number of threads; "
-    "rounds of before and after interleaved after a warm-up; medians. Tokenization is excluded.",
-    "Peak memory: of a fresh process that loads the artifact and answers one batch of the largest size, libraries included.",
+    "Intervals are percentile bootstraps over rows; the difference is paired, row by row, and its p-value is McNemar's "
+    "exact test.",
+    "Speed: identical tokenized batches of evaluation texts in random order, padded to their longest, the same number "
+    "of threads; rounds of before and after interleaved after a warm-up; medians. Tokenization is excluded.",
+    "Peak memory: of a fresh process that loads the artifact and answers one batch of the largest size, libraries "
+    "included.",
     "Bytes count weight files only. MACs are multiply-accumulates a token at the mean length of the evaluation texts.",
 )
 

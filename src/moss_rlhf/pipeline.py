@@ -41,8 +41,8 @@ def run(
             return finished
         stages = [_do_stage(session, index) for index in range(len(recipe.stages))]
         report = _header(session) | _compare(session) | {"stages": stages, "cost": _cost(session, stages)}
-        write_json(place.path / "report.json", report)
         write_page(report, place.path / "report.html")
+        write_json(place.path / "report.json", report)  # last: it says that all else stands
         progress.event("finished", gain=report["gain"])
         return report
 
@@ -99,6 +99,7 @@ def _measuring(session: Session, rows: Any, split: str) -> Measuring:
 def _compare(session: Session) -> dict[str, Any]:
     """Ship the final model, and measure what is shipped against what would have been."""
     session.progress.say("exporting and measuring")
+    (session.place.path / "report.json").unlink(missing_ok=True)  # another recipe's: its files are replaced now
     copy_directory(session.folder_after(len(session.folders)), session.place.path / "model")
     before = torch_artifact(session.folder_after(session.parent), session.model_after(session.parent))
     after, reference = _ship(session)
@@ -129,22 +130,9 @@ def _header(session: Session) -> dict[str, Any]:
         "machine": describe_machine(),
         "versions": versions(),
         "data": session.rows.facts,
-        "notes": [*session.notes, *_caveats(session)],
+        "notes": [*session.notes, *session.caveats],
         "protocol": list(PROTOCOL),
     }
-
-
-def _caveats(session: Session) -> list[str]:
-    found = []
-    if session.rows.evaluation_split == "validation":
-        found.append(
-            "There is no test split: before and after are measured on validation, which also chose the checkpoints."
-        )
-    if not session.recipe.export:
-        found.append("Nothing is exported to a runtime: 'after' is the checkpoint in PyTorch.")
-    if not session.head_is_trained:
-        found.append("The model that entered compression had no trained head, so there is no 'before' to compare with.")
-    return found
 
 
 def _cost(session: Session, stages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""What a run works with, before its first stage: clean and tokenized rows, the source model, a folder for every stage."""
+"""What a run works with, before its first stage: clean, tokenized rows, the source model, a folder for every stage."""
 
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from moss_rlhf.model.config import position_limit, read_config, trained_labels
 from moss_rlhf.model.locate import locate, weight_files
 from moss_rlhf.model.runtime import Batch
 from moss_rlhf.progress import Progress
-from moss_rlhf.recipe import Recipe, recipe_values, stage_kind, stages_before_compression
+from moss_rlhf.recipe import FinetuneSpec, Recipe, recipe_values, stage_kind, stage_spec, stages_before_compression
 from moss_rlhf.rundir import RunDirectory, StageFolder
 from moss_rlhf.tasks import TASKS, Task
 from moss_rlhf.tasks.batching import batches_of, padding_of
@@ -30,12 +31,13 @@ from moss_rlhf.tasks.lengths import choose_max_length, length_facts
 from moss_rlhf.tasks.loading import load
 
 _LENGTH_SAMPLE = 10_000
+_COMPANIONS = ("*.json", "*.txt", "*.model")
 _DECIDING = ("moss-rlhf", "torch", "transformers", "accelerate", "tokenizers")
 
 
 @dataclass(frozen=True)
 class EncodedSplits:
-    """Tokenized rows. `evaluation` is test where there is one, else validation; `texts` are its rows before tokenizing."""
+    """Tokenized rows. `evaluation` is test where there is one, else validation; `texts` are its rows, not tokenized."""
 
     train: Any
     validation: Any
@@ -75,6 +77,20 @@ class Session:
     def head_is_trained(self) -> bool:
         """Whether the parent's head was ever trained for these labels."""
         return self.parent > 0 or trained_labels(read_config(self.source)) == self.labels
+
+    @property
+    def caveats(self) -> list[str]:
+        """What a reader of the report must know of its comparison."""
+        found = {
+            "There is no test split: before and after are measured on validation, which also chose the checkpoints.": (
+                self.rows.evaluation_split == "validation"
+            ),
+            "Nothing is exported to a runtime: 'after' is the checkpoint in PyTorch.": not self.recipe.export,
+            "The model that entered compression had no trained head, so there is no 'before' to compare with.": (
+                not self.head_is_trained
+            ),
+        }
+        return [sentence for sentence, holds in found.items() if holds]
 
     def folder_after(self, stages: int) -> Path:
         return self.folders[stages - 1].model if stages else self.source
@@ -127,9 +143,7 @@ def _encode(splits: Splits, task: Task, source: Path, recipe: Recipe, cache: Pat
         if rows is not None
     }
     longest = choose_max_length(recipe.data.max_length, lengths["train"], limit)
-    name = digest(
-        [splits.digest, longest, file_digest(source / "tokenizer.json") if (source / "tokenizer.json").exists() else ""]
-    )
+    name = digest([splits.digest, longest, _describe(_companions(source))])
 
     def encode(split: str) -> Any:
         return task.encode(present[split], tokenizer, longest, str(cache / f"{split}-{name[:16]}-tokens.arrow"))
@@ -146,7 +160,7 @@ def _start_fingerprint(recipe: Recipe, source: Path, splits: Splits, threads: in
     """Over everything but the stages that decides a run's bits."""
     return digest(
         {
-            "source": [[file.name, file_digest(file)] for file in [*weight_files(source), source / "config.json"]],
+            "source": _describe([*weight_files(source), *_companions(source)]),
             "data": splits.digest,
             "max_length": recipe.data.max_length,
             "seed": recipe.seed,
@@ -156,10 +170,27 @@ def _start_fingerprint(recipe: Recipe, source: Path, splits: Splits, threads: in
     )
 
 
+def _companions(source: Path) -> list[Path]:
+    """What stands beside the weights and decides what they mean: config and tokenizer."""
+    return sorted(file for pattern in _COMPANIONS for file in source.glob(pattern))
+
+
+def _describe(files: Sequence[Path]) -> list[list[str]]:
+    return [[file.name, file_digest(file)] for file in files]
+
+
+def _teacher_files(spec: object) -> list[list[str]]:
+    """A teacher that is no stage of this run."""
+    if not isinstance(spec, FinetuneSpec) or spec.distill is None or spec.distill.teacher == "parent":
+        return []
+    place = locate(spec.distill.teacher)
+    return _describe([*weight_files(place), place / "config.json"])
+
+
 def _folders(recipe: Recipe, place: RunDirectory, start: str) -> tuple[StageFolder, ...]:
     folders: list[StageFolder] = []
     fingerprint = start
     for index, stage in enumerate(recipe.stages):
-        fingerprint = digest([stage.model_dump(mode="json"), fingerprint])
+        fingerprint = digest([stage.model_dump(mode="json"), fingerprint, *_teacher_files(stage_spec(stage))])
         folders.append(place.stage(index, stage_kind(stage), fingerprint))
     return tuple(folders)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
@@ -21,7 +22,9 @@ class Progress:
 
     def logging_to(self, log: Path) -> Progress:
         """The same, with a log file."""
-        return Progress(log, self.quiet)
+        other = copy.copy(self)
+        other.log = log
+        return other
 
     def say(self, text: str) -> None:
         """One line for the person."""

@@ -16,7 +16,8 @@ from typing import Any
 from moss_rlhf.errors import MachineError
 from moss_rlhf.files import read_json, write_json, write_text
 
-_MARK = "recipe.yaml"
+_LOCK = ".lock"  # the first file of a run; a directory that has it is ours
+_WRITTEN = ("stages", "data", "model", "onnx", "work", "report.json", "report.html", "log.jsonl")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class StageFolder:
     @property
     def done(self) -> bool:
         mark = self.path / "done"
-        return mark.is_file() and mark.read_text(encoding="utf-8").strip() == self.fingerprint
+        marked = mark.is_file() and mark.read_text(encoding="utf-8").strip() == self.fingerprint
+        return marked and self.model.is_dir()
 
     def read(self) -> dict[str, Any]:
         facts: dict[str, Any] = read_json(self.path / "facts.json")
@@ -69,6 +71,8 @@ class RunDirectory:
             owner = folder.path / "fingerprint"
             if not owner.exists() or owner.read_text(encoding="utf-8").strip() == fingerprint:
                 write_text(owner, fingerprint + "\n")
+                if folder.done:
+                    shutil.rmtree(folder.work, ignore_errors=True)  # killed after the mark, before this
                 return folder
         raise AssertionError("two fingerprints of 64 equal digits")
 
@@ -82,15 +86,14 @@ def open_run(path: Path, fresh: bool = False) -> Iterator[RunDirectory]:
     """
     try:
         _claim(path)
-        with (path / ".lock").open("w") as lock:
+        with (path / _LOCK).open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise MachineError(
                     f"output: another moss run is writing {path}. Wait for it, or give another output."
                 ) from None
-            if fresh:
-                _clear(path)
+            _clear(path, fresh)
             yield RunDirectory(path)
     except PermissionError as error:
         raise MachineError(
@@ -107,13 +110,17 @@ def _claim(path: Path) -> None:
 
 def refuse_foreign(path: Path) -> None:
     """MachineError where a directory holds files that no run wrote: nothing of the user's is ever overwritten."""
-    if path.is_dir() and any(child.name != ".lock" for child in path.iterdir()) and not (path / _MARK).exists():
+    if path.is_dir() and any(path.iterdir()) and not (path / _LOCK).exists():
         raise MachineError(
             f"output: {path} is not empty and no run of moss wrote it. Give another output, or empty it."
         )
 
 
-def _clear(path: Path) -> None:
-    for child in path.iterdir():
-        if child.name not in (".lock", _MARK):
-            shutil.rmtree(child) if child.is_dir() else child.unlink()
+def _clear(path: Path, fresh: bool) -> None:
+    """Remove what a killed run left half-written, and if fresh, all that runs write; the user's own files stay."""
+    written = [path / name for name in _WRITTEN] if fresh else []
+    for leftover in [*written, *path.rglob(".*.partial")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)

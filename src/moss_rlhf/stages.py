@@ -1,4 +1,4 @@
-"""From a stage's spec to the method that does it: the type of the spec picks the handler, which unpacks it into arguments."""
+"""From a stage's spec to the method that does it: its type picks the handler, which unpacks it into arguments."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 
 from moss_rlhf.data import sniff
 from moss_rlhf.errors import MachineError, RecipeError, nearest
+from moss_rlhf.recipe import DataSpec, apply_override, make_recipe
 from moss_rlhf.tasks import TASKS
 
 _HEAD = """\
@@ -43,16 +45,34 @@ def starting_recipe(task: str, model: str, train: Path, test: Path | None) -> st
     return _HEAD + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
 
 
-def evaluate_file(path: Path, data: Path) -> dict[str, Any]:
-    """Measure a checkpoint on one labelled file."""
+def evaluate_file(path: Path, data: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure a checkpoint on one labelled file.
+
+    overrides   `data.test.…=value` strings, as in a recipe: how to read the file.
+    raises      RecipeError on an override that says nothing of the data; DataError, ModelError.
+    """
     from moss_rlhf.data import load_rows
     from moss_rlhf.evaluation import evaluate
     from moss_rlhf.progress import quiet_libraries
     from moss_rlhf.tasks.loading import load
 
+    spec = _data_spec(data, overrides)
     quiet_libraries()
     model = load(path)
-    return evaluate(model, load_rows(data, TASKS[model.task].columns, model.labels))
+    return evaluate(model, load_rows(spec, TASKS[model.task].columns, model.labels))
+
+
+def _data_spec(file: Path, overrides: Sequence[str]) -> DataSpec:
+    """A recipe's data section whose test split is the file."""
+    values: dict[str, Any] = {"data": {"train": str(file), "test": {"file": str(file)}}}
+    for override in overrides:
+        if not override.startswith("data."):
+            raise RecipeError(
+                f"--set {override}: only the data can be set here, such as data.test.columns.text=review."
+            )
+        apply_override(values, override)
+    whole = {**values, "task": next(iter(TASKS)), "model": "model", "stages": ["finetune"]}
+    return make_recipe(whole, "--set").data
 
 
 def export_checkpoint(path: Path, output: Path) -> dict[str, Any]:

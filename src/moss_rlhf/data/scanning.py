@@ -99,22 +99,20 @@ def open_splits(spec: DataSpec, columns: Sequence[Column]) -> dict[str, SplitFil
 
     raises  DataError where a source can't be opened or its layout is not clear.
     """
-    given = {"train": spec.train, "validation": spec.validation, "test": spec.test}
-    return {
-        split: _open_split(split, split_layout(split, value), spec, tuple(columns))
-        for split, value in given.items()
-        if isinstance(value, str | SplitLayout)
-    }
+    given = [split for split in ("train", "validation", "test") if isinstance(getattr(spec, split), str | SplitLayout)]
+    return {split: open_split(split, spec, columns) for split in given}
 
 
-def _open_split(split: str, layout: SplitLayout, spec: DataSpec, columns: tuple[Column, ...]) -> SplitFile:
+def open_split(split: str, spec: DataSpec, columns: Sequence[Column]) -> SplitFile:
+    """One split that has rows of its own, ready to be read."""
+    layout = split_layout(split, getattr(spec, split))
     source = open_source(split, layout)
     columns_field = f"data.{split}.columns" if layout.columns else "data.columns"
     asked = Asked(f"data.{split}", columns_field, layout.header, layout.columns or spec.columns)
     skip = spec.broken_lines == "skip"
     found = find_layout(source, read_head(source, skip), asked, columns)
     renamed = {label_name(value): label_name(name) for value, name in (layout.labels or spec.labels).items()}
-    return SplitFile(split, source, found, columns, renamed, skip)
+    return SplitFile(split, source, found, tuple(columns), renamed, skip)
 
 
 def scan_rows(file: SplitFile, keep: Keep, progress: Progress) -> Scan:

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from moss_rlhf.data.layout import Column
 from moss_rlhf.data.planning import Indices, make_plan
 from moss_rlhf.data.reading import BATCH_ROWS
-from moss_rlhf.data.scanning import DIGEST_BYTES, Keep, Row, Scan, SplitFile, open_splits, scan_rows
+from moss_rlhf.data.scanning import DIGEST_BYTES, Keep, Row, Scan, SplitFile, open_split, open_splits, scan_rows
 from moss_rlhf.errors import DataError
 from moss_rlhf.files import digest, new_file, read_json, write_json
 from moss_rlhf.progress import Progress
-from moss_rlhf.recipe import DataSpec, SplitLayout
+from moss_rlhf.recipe import DataSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -117,19 +117,18 @@ def check_data(
     return DataCheck(plan.labels, plan.facts, plan.notes, texts)
 
 
-def load_rows(file: str | Path, columns: Sequence[Column], labels: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of one file, in memory, labels as names; to measure a model on whose labels are `labels`.
+def load_rows(spec: DataSpec, columns: Sequence[Column], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of `spec.test`, in memory, labels as names; to measure a model on whose labels are `labels`.
 
     raises  DataError as `load_splits`, and where a label is not among `labels`.
     """
-    (split,) = open_splits(DataSpec(train=SplitLayout(file=str(file))), columns).values()
+    split = open_split("test", spec, columns)
     kept: list[tuple[Row, int]] = []
     scan = scan_rows(split, lambda row, label, _: kept.append((row, label)), Progress(quiet=True))
     for name, line in zip(scan.names, scan.lines, strict=True):
         if name not in labels:
-            raise DataError(
-                f"{scan.place}, {scan.unit} {line}: label {name!r} is none of the model's: {', '.join(labels)}."
-            )
+            place = f"{scan.place}, {scan.unit} {line}: the label {name!r} is none of the model's"
+            raise DataError(f"{place} ({', '.join(labels)}). Correct it, or rename it with data.test.labels.")
     texts = [column.name for column in columns if column.kind == "text"]
     label_column = next(column.name for column in columns if column.kind == "label")
     return [dict(zip(texts, row.texts, strict=True)) | {label_column: scan.names[label]} for row, label in kept]

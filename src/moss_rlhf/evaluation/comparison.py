@@ -86,7 +86,7 @@ def gain_of(
 
 
 def changed(before: Answers, after: Answers, most: int) -> tuple[list[int], int]:
-    """Rows whose answer changed: up to `most`, those whose confidence in the truth moved most first; and how many in all."""
+    """Up to `most` rows whose answer changed, the largest move of confidence in the truth first; and how many did."""
     rows = np.flatnonzero(before.ids != after.ids)
     moved = np.abs(after.confidence_in_truth - before.confidence_in_truth)[rows]
     return [int(row) for row in rows[np.argsort(-moved, kind="stable")][:most]], len(rows)

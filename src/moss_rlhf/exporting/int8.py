@@ -1,7 +1,7 @@
 """An ONNX graph in float32 → the same graph with the int8 grid's codes and scales, exactly.
 
-ONNX Runtime's own quantizer finds ranges anew, knows no scale a row for embedding tables, and takes the classifier along.
-The checkpoint's weights lie on our grid already, so this only writes them down as codes:
+ONNX Runtime's own quantizer finds ranges anew, knows no scale a row for embedding tables, and takes the classifier
+along. The checkpoint's weights lie on our grid already, so this only writes them down as codes:
 
     MatMul(x, W)      →  Cast(MatMulInteger(DynamicQuantizeLinear(x), codes)) · (scale of x · scale of each column)
     Gather(T, ids)    →  Cast(Gather(codes, ids)) · Gather(scale of each row, ids)

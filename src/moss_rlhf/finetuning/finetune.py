@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_model
 from transformers import TrainingArguments, set_seed
 
-from moss_rlhf.errors import ModelError
+from moss_rlhf.errors import DataError, Interrupted, ModelError
 from moss_rlhf.finetuning.layers import layer_groups, layer_learning_rates
 from moss_rlhf.finetuning.sampling import EpochSampler
 from moss_rlhf.finetuning.trainer import (
@@ -84,13 +84,16 @@ def finetune(
 
     train, validation   rows with the task's columns, labels included; or encoded already.
     patience            evaluations without a better metric before training stops; None: never.
-    teacher             a model whose logits are learned too: teacher_weight · T² KL + (1 - teacher_weight) · labels' loss.
-    workspace           where to keep checkpoints; a training interrupted there resumes from its last one and ends in the
-                        same bits. None: nothing is kept.
-    raises              ModelError where the loss is no longer finite; Interrupted after Ctrl-C, once a checkpoint is written.
+    teacher             a model whose logits are learned too:
+                        teacher_weight · T² KL + (1 - teacher_weight) · labels' loss.
+    workspace           where to keep checkpoints; a training interrupted there resumes from its last one and ends in
+                        the same bits. None: nothing is kept.
+    raises              DataError where there are no rows; ModelError where the teacher has other labels or another
+                        vocabulary, or the loss is no longer finite; Interrupted after Ctrl-C, once a checkpoint is
+                        written.
     """
     task = TASKS[model.task]
-    train, validation = encoded(model, train), encoded(model, validation)
+    train, validation = _rows(model, train, "train"), _rows(model, validation, "validation")
     progress = progress or Progress(quiet=True)
     steps_per_epoch = -(-len(train) // batch_size)
     steps = epochs * steps_per_epoch
@@ -111,26 +114,35 @@ def finetune(
         zeros=Zeros.of(model.pruned),
     )
     bfloat16 = uses_bfloat16(precision)
-    train = train if teacher is None else _with_teacher(train, teacher, progress)
+    if teacher is not None:
+        _check_teacher(model, teacher)
+        train = _with_teacher(train, teacher, progress)
     sampler = EpochSampler(train["length"], batch_size, seed, length_bucketing)
     with _folder(workspace) as folder:
-        arguments = _arguments(folder, epochs, batch_size, steps, max_gradient_norm, bfloat16, seed)
         trainer = LayerwiseTrainer(
-            plan,
-            task.loss,
-            lambda: evaluate_loss(model, validation, task),
-            sampler,
-            model.network,
-            arguments,
-            lambda rows: _collate(rows, model, task),
-            train,
+            plan=plan,
+            loss=task.loss,
+            evaluator=lambda: evaluate_loss(model, validation, task),
+            sampler=sampler,
+            network=model.network,
+            arguments=_arguments(
+                folder,
+                epochs=epochs,
+                batch_size=batch_size,
+                steps=steps,
+                max_gradient_norm=max_gradient_norm,
+                bfloat16=bfloat16,
+                seed=seed,
+            ),
+            collate=lambda rows: _collate(rows, model, task),
+            train=train,
         )
-        _train(trainer, folder, task.metric, seed, save_every_seconds, progress)
+        _train(trainer, folder, task.metric, save_every_seconds, progress)
     return _training(trainer, task, bfloat16)
 
 
 def evaluation_steps(steps_per_epoch: int, epochs: int, per_epoch: int) -> frozenset[int]:
-    """The steps after which validation is measured: `per_epoch` times an epoch, evenly, the last step always among them."""
+    """The steps after which validation is measured: `per_epoch` times an epoch, evenly, and after the last one."""
     evaluations = epochs * min(per_epoch, steps_per_epoch)
     total = epochs * steps_per_epoch
     return frozenset(round(total * count / evaluations) for count in range(1, evaluations + 1))
@@ -149,6 +161,25 @@ def evaluate_loss(model: Model, encoded: Any, task: Task) -> dict[str, float]:
     labels = np.asarray(encoded["labels"])
     loss = float(task.loss(torch.from_numpy(logits), torch.from_numpy(labels)))
     return {"loss": loss, task.metric: float(np.mean(task.answers(logits) == labels))}
+
+
+def _rows(model: Model, rows: Any, name: str) -> Any:
+    if len(rows) == 0:
+        raise DataError(f"finetune: {name} holds no rows; give at least one.")
+    return encoded(model, rows)
+
+
+def _check_teacher(model: Model, teacher: Model) -> None:
+    if teacher.labels != model.labels:
+        raise ModelError(
+            f"finetune: the teacher's labels are {', '.join(teacher.labels)}, the model's {', '.join(model.labels)}. "
+            "Give a teacher of the same labels in the same order."
+        )
+    if teacher.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise ModelError(
+            "finetune: the teacher's tokenizer has another vocabulary, so it would read other words than the model. "
+            "Give a teacher with the same tokenizer."
+        )
 
 
 def _with_teacher(train: Any, teacher: Model, progress: Progress) -> Any:
@@ -177,7 +208,7 @@ def _folder(workspace: Path | None) -> Iterator[Path]:
 
 
 def _arguments(
-    folder: Path, epochs: int, batch_size: int, steps: int, max_gradient_norm: float, bfloat16: bool, seed: int
+    folder: Path, *, epochs: int, batch_size: int, steps: int, max_gradient_norm: float, bfloat16: bool, seed: int
 ) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
@@ -198,12 +229,10 @@ def _arguments(
     )
 
 
-def _train(
-    trainer: LayerwiseTrainer, folder: Path, metric: str, seed: int, save_every_seconds: float, progress: Progress
-) -> None:
+def _train(trainer: LayerwiseTrainer, folder: Path, metric: str, save_every_seconds: float, progress: Progress) -> None:
     shutil.rmtree(folder / "partial", ignore_errors=True)  # a killed run's half-written checkpoint
     last = checkpoints(folder)[-1:]
-    set_seed(seed)
+    set_seed(trainer.args.seed)
     with progress.bar("fine-tuning", trainer.plan.steps) as bar:
         conductor = Conductor(trainer, metric, bar, save_every_seconds)
         trainer.add_callback(conductor)
@@ -213,8 +242,8 @@ def _train(
         finally:
             for group in trainer.plan.groups:
                 group.train(True)
-    if not (folder / BEST).exists():
-        raise ModelError("finetune: no evaluation took place; give validation rows.")
+    if conductor.stop_requested.is_set():
+        raise Interrupted("stopped at the last step; run again to go on from the checkpoint before")
     trainer.model.cpu()
     load_model(trainer.model, folder / BEST)
     trainer.model.eval()

@@ -52,7 +52,8 @@ def lowest_trained(step: int, total: int, groups: int, unfreeze: Literal["all", 
     """Index of the lowest of `groups` groups that trains at a step.
 
     gradual: the head alone first, then one more group at a time from the top, evenly; everything trains from half of
-    the `total` steps on. (ULMFiT §3.3 thaws one group an epoch; a transformer is fine-tuned for fewer epochs than it has layers.)
+    the `total` steps on. (ULMFiT §3.3 thaws one group an epoch; a transformer is fine-tuned for fewer epochs than it
+    has layers.)
     """
     if unfreeze == "all":
         return 0

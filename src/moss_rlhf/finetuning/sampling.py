@@ -32,7 +32,7 @@ def random_order(lengths: Sequence[int], seed: int, epoch: int) -> NDArray[np.in
 
 
 class EpochSampler:
-    """A torch sampler whose order depends on (seed, epoch) alone, so that a resumed run sees the rows it would have seen."""
+    """A torch sampler whose order depends on (seed, epoch) alone: a resumed run sees the rows it would have seen."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, bucketing: bool) -> None:
         self.lengths, self.batch_size, self.seed, self.bucketing = lengths, batch_size, seed, bucketing

@@ -1,10 +1,11 @@
 """The one Trainer subclass, and the callbacks that steer it.
 
 What transformers' Trainer does not do, and why it is done here:
-- every parameter is in the optimizer from the start: Trainer takes only those with requires_grad at that moment, and layers
-  unfrozen later would silently never move (frozen ones have no gradient, so AdamW neither moves nor decays them);
+- every parameter is in the optimizer from the start: Trainer takes only those with requires_grad at that moment, and
+  layers unfrozen later would silently never move (frozen ones have no gradient: AdamW neither moves nor decays them);
 - checkpoints are written beside their place and renamed: Trainer writes in place, and a kill would leave half of one;
 - the order of rows is a function of (seed, epoch), so a resumed run ends in the same bits as one never stopped;
+- the loss since the last logged point goes into the checkpoint: Trainer forgets it, and a resumed curve would differ;
 - evaluations, early stopping, saving and the best checkpoint follow one setting instead of five entangled ones.
 """
 
@@ -38,6 +39,7 @@ from moss_rlhf.strategy import Best, Schedule
 
 SAVE_EVERY_SECONDS = 60.0
 BEST = "best.safetensors"
+_UNLOGGED = "unlogged loss"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class LayerwiseTrainer(Trainer):
 
     def __init__(
         self,
+        *,
         plan: Plan,
         loss: Callable[[Tensor, Tensor], Tensor],
         evaluator: Callable[[], dict[str, float]],
@@ -124,7 +127,7 @@ class LayerwiseTrainer(Trainer):
             loss = mixed_loss(loss, learned, self.plan.teacher_weight)
         if not loss.isfinite():
             raise ModelError(
-                f"finetune: the loss became {float(loss)} at step {self.state.global_step}. "
+                f"finetune: the loss became {loss.item()} at step {self.state.global_step}. "
                 "Lower learning_rate, or look for inf or nan in the checkpoint."
             )
         return (loss, outputs) if return_outputs else loss
@@ -137,7 +140,7 @@ class LayerwiseTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         metrics = {f"eval_{name}": value for name, value in self.evaluator().items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     @property
@@ -145,9 +148,14 @@ class LayerwiseTrainer(Trainer):
         """Training time, that of interrupted runs which this one resumes included."""
         return self._carried_seconds + time.monotonic() - self._started
 
-    def start_clock(self) -> None:
+    def pick_up(self) -> None:
+        """Start the clock, and go on from what the checkpoint says of the time and the loss so far."""
         log = self.state.log_history
         self._carried_seconds, self._started = (log[-1]["seconds"] if log else 0.0), time.monotonic()
+        unlogged = self.state.stateful_callbacks.get(_UNLOGGED)
+        if unlogged is not None:
+            self._tr_loss += unlogged["loss"]
+            self._globalstep_last_logged = unlogged["since"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, "seconds": round(self.seconds, 3)}, start_time)
@@ -158,6 +166,9 @@ class LayerwiseTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         self._folder = str(final.parent / "partial")
+        # the one part of the state that transformers keeps as it is, whatever its name
+        unlogged = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
+        self.state.stateful_callbacks[_UNLOGGED] = unlogged
         try:
             super()._save_checkpoint(model, trial)
             (Path(self._folder) / final.name).replace(final)
@@ -190,7 +201,7 @@ class Conductor(TrainerCallback):
         self.shown: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.start_clock()
+        self.trainer.pick_up()
         self.bar.advance(state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -218,8 +229,10 @@ class Conductor(TrainerCallback):
         if best.step == state.global_step:
             with new_file(Path(args.output_dir) / BEST) as partial:
                 save_model(self.trainer.model, str(partial))
-        control.should_save = state.global_step < self.plan.steps
-        control.should_training_stop |= self.plan.patience is not None and best.waited >= self.plan.patience
+        tired = self.plan.patience is not None and best.waited >= self.plan.patience
+        control.should_training_stop |= tired
+        # from a checkpoint of the end, training would go on, past early stopping; from the one before, it ends the same
+        control.should_save = not tired and state.global_step < self.plan.steps
         return control
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

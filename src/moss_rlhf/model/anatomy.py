@@ -1,7 +1,7 @@
 """The only place that knows architectures: where a family keeps its blocks, projections and head.
 
-A new family is one row of FAMILIES. Names are dotted paths: `blocks` from the base model (the network without its head), the
-rest from one block.
+A new family is one row of FAMILIES. Names are dotted paths: `blocks` from the base model (the network without its
+head), the rest from one block.
 """
 
 from __future__ import annotations

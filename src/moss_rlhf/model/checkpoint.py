@@ -1,12 +1,14 @@
 """Checkpoints that stand alone: save, load, and the sentence that plain transformers fails with where it must.
 
-A result that the stock config can say is a plain Hugging Face checkpoint. Where it can't (fewer heads than hidden / head size,
-sizes that differ by block), config.json declares the shapes and `load` builds them. `"transformers_weights"` is the name of
-the weight file for transformers 5: a sentence in its place makes every Auto class stop with that sentence.
+A result that the stock config can say is a plain Hugging Face checkpoint. Where it can't (fewer heads than hidden /
+head size, sizes that differ by block), config.json declares the shapes and `load` builds them. `"transformers_weights"`
+is the name of the weight file for transformers 5: a sentence in its place makes every Auto class stop with it.
 
 Everything of ours stands under one key of config.json:
 
-    "moss_rlhf": {"task", "shapes": [[heads, feed_forward], …] | absent, "pruned": [names], "quantization": {"scheme"} | absent}
+    "moss_rlhf": {"task", "shapes": [[heads, feed_forward], …], "pruned": [names], "quantization": {"scheme"}}
+
+where all but the task are absent if there is nothing to say.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import nn
 from moss_rlhf.errors import ModelError
 from moss_rlhf.files import new_directory, write_json
 from moss_rlhf.model.anatomy import Anatomy, BlockShape, anatomy_of
-from moss_rlhf.model.config import KEY, position_limit, read_config, trained_labels
+from moss_rlhf.model.config import KEY, block_shapes, position_limit, read_config, trained_labels
 from moss_rlhf.model.cost import Dimensions
 from moss_rlhf.model.locate import read_header, weight_files
 from moss_rlhf.model.surgery import reshape
@@ -74,60 +76,86 @@ class Model:
     def dimensions(self) -> Dimensions:
         anatomy = self.anatomy
         head = sum(parameter.numel() for _, parameter in anatomy.head if parameter.dim() == 2)
+        linears = {id(module.weight) for module in self.network.modules() if isinstance(module, nn.Linear)}
+        projection = sum(parameter.numel() for _, parameter in anatomy.embeddings if id(parameter) in linears)
         hidden = getattr(self.network.config, anatomy.family.hidden)
-        return Dimensions(hidden, anatomy.blocks[0].head_size, anatomy.shapes, head)
+        return Dimensions(hidden, anatomy.blocks[0].head_size, anatomy.shapes, head, projection)
 
 
 def load_pretrained(
     place: Path, task: str, auto_class: Any, labels: Sequence[str], trust_remote_code: bool = False
 ) -> Model:
-    """Load a checkpoint for a task; a head that was never trained for these labels is new, drawn from torch's generator.
+    """Load a checkpoint for a task; a head that was not trained for these labels is drawn anew, by torch's generator.
 
     place    a local directory (see `locate`).
     labels   names in class-id order.
-    raises   ModelError on a broken checkpoint.
+    raises   ModelError where files are broken, or tensors below the head are missing, too many or of other shapes.
     """
     config = read_config(place)
     if KEY in config or "transformers_weights" in config:
         model = load_checkpoint(place, auto_class)
         if model.labels != tuple(labels):
             raise ModelError(
-                f"{place}: was trained for the labels {', '.join(model.labels)}; the data has {', '.join(labels)}. Give data with the same labels."
+                f"{place}: was trained for the labels {', '.join(model.labels)}; the data has {', '.join(labels)}. "
+                "Give data with the same labels."
             )
         return model
     same_head = trained_labels(config) == tuple(labels)
-    network = _from_pretrained(auto_class, place, labels, trust_remote_code)
+    network, info = _from_pretrained(auto_class, place, labels, trust_remote_code)
+    _refuse_garbage(network, info, same_head, place)
     if not same_head:
-        for module in _head_modules(network):
-            network._init_weights(module)
-    return Model(network, load_tokenizer(place, trust_remote_code), task)
+        _draw_head(network)
+    return Model(network, _fitting_tokenizer(network, place, trust_remote_code), task)
 
 
-def _from_pretrained(auto_class: Any, place: Path, labels: Sequence[str], trust_remote_code: bool) -> Any:
+def _from_pretrained(auto_class: Any, place: Path, labels: Sequence[str], trust_remote_code: bool) -> tuple[Any, Any]:
+    """The network, and what transformers found missing, unexpected and mismatched."""
+    for file in weight_files(place):
+        read_header(file)  # says which file is broken
     names = dict(enumerate(labels))
     try:
-        return auto_class.from_pretrained(
+        network, info = auto_class.from_pretrained(
             place,
             id2label=names,
             label2id={name: index for index, name in names.items()},
             dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # only the head can differ, and it is drawn anew then
+            ignore_mismatched_sizes=True,  # of the head, which is drawn anew then; `_refuse_garbage` sees to the rest
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model: {place} can't be loaded: {' '.join(str(error).split())[:400]}") from error
+    return network, info
 
 
-def _head_modules(network: Any) -> list[nn.Module]:
-    prefix = network.base_model_prefix
-    return [
-        module
-        for name, child in network.named_children()
-        if name != prefix
-        for module in child.modules()
-        if isinstance(module, nn.Linear)
-    ]
+def _refuse_garbage(network: Any, info: Any, same_head: bool, place: Path) -> None:
+    """ModelError where random numbers would stand in for weights, or weights would be left out."""
+    anatomy = anatomy_of(network)
+    drawn = set() if same_head else {name for name, _ in anatomy.head}
+    faults = {
+        "is missing": set(info["missing_keys"]) - drawn,
+        "has another shape than config.json says": {name for name, *_ in info["mismatched_keys"]} - drawn,
+        "is of no layer that config.json knows": {
+            name for name in info["unexpected_keys"] if f"{anatomy.family.blocks}." in name
+        },
+    }
+    for fault, names in faults.items():
+        if names:
+            raise ModelError(
+                f"{place}: config.json and the weights don't belong together: {min(names)} {fault} ({len(names)} such "
+                "tensors). Fetch or save the checkpoint again."
+            )
+
+
+@torch.no_grad()
+def _draw_head(network: Any) -> None:
+    # not transformers' _init_weights: it leaves whatever came from the file as it is
+    for name, child in network.named_children():
+        for linear in child.modules() if name != network.base_model_prefix else ():
+            if isinstance(linear, nn.Linear):
+                linear.weight.normal_(0.0, network.config.initializer_range)
+                linear.bias.zero_()
 
 
 def load_tokenizer(place: Path, trust_remote_code: bool = False) -> Any:
@@ -146,24 +174,35 @@ def load_tokenizer(place: Path, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def _fitting_tokenizer(network: Any, place: Path, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer; ModelError where it knows no words, or more than the network embeds."""
+    tokenizer, table = load_tokenizer(place, trust_remote_code), network.get_input_embeddings().num_embeddings
+    if not len(tokenizer.all_special_tokens) < len(tokenizer) <= table:
+        raise ModelError(
+            f"{place}: the tokenizer has {len(tokenizer)} tokens and the network embeds {table}; copy the tokenizer's "
+            "own files (tokenizer.json, tokenizer_config.json, vocabulary) beside the weights."
+        )
+    return tokenizer
+
+
 def load_checkpoint(place: Path, auto_class: Any) -> Model:
-    """Load what `save_checkpoint` wrote (a plain checkpoint is the special case without declared shapes).
+    """Load what `save_checkpoint` wrote.
 
     raises   ModelError where tensors are missing, too many or of other shapes than declared, or pruned zeros are gone.
     """
     from transformers import AutoConfig
 
-    ours = read_config(place).get(KEY, {})
+    declared = read_config(place)
+    ours, shapes = declared.get(KEY, {}), block_shapes(declared)
     config = AutoConfig.from_pretrained(place)
     for name in (KEY, "transformers_weights"):
         if hasattr(config, name):
             delattr(config, name)
     with torch.random.fork_rng(devices=[]):  # the placeholders' random numbers must not move the caller's
         network = auto_class.from_config(config, dtype=torch.float32)
-    if "shapes" in ours:
-        reshape(network, [BlockShape(*shape) for shape in ours["shapes"]])
+    reshape(network, shapes)
     _load_weights(network, place)
-    model = Model(network.eval(), load_tokenizer(place), ours.get("task", "text-classification"))
+    model = Model(network.eval(), _fitting_tokenizer(network, place), ours.get("task", "text-classification"))
     model.quantization = ours.get("quantization", {}).get("scheme")
     model.pruned = _pruned_parameters(network, ours.get("pruned", []), place)
     return model
@@ -186,7 +225,8 @@ def _pruned_parameters(network: Any, names: Sequence[str], place: Path) -> list[
     unknown = [name for name in names if name not in parameters]
     if unknown:
         raise ModelError(
-            f"{place}: config.json lists {unknown[0]} as pruned, but there is no such tensor. Save the checkpoint again."
+            f"{place}: config.json lists {unknown[0]} as pruned, but there is no such tensor. "
+            "Save the checkpoint again."
         )
     pruned = [parameters[name] for name in names]
     _assert_zeros(dict(zip(names, pruned, strict=True)), place)

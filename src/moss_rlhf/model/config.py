@@ -27,7 +27,7 @@ def read_config(place: Path) -> dict[str, Any]:
 
 
 def trained_labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The label names of a checkpoint whose classification head was trained, else None. For config.json alone, no weights."""
+    """The label names of a checkpoint whose classification head was trained, else None."""
     architectures = config.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in architectures):
         return None
@@ -51,8 +51,27 @@ def head_size(config: Mapping[str, Any]) -> int:
 
 
 def block_shapes(config: Mapping[str, Any]) -> tuple[BlockShape, ...]:
-    """The shape of every block, as declared by us or by the stock config; ModelError on an unknown family."""
+    """The shape of every block, as declared by us or by the stock config.
+
+    raises   ModelError on an unknown family, or declared shapes that the stock ones can't be cut down to.
+    """
     family = family_of(config["model_type"])
-    if "shapes" in config.get(KEY, {}):
-        return tuple(BlockShape(*shape) for shape in config[KEY]["shapes"])
-    return (BlockShape(int(config[family.heads]), int(config[family.feed_forward])),) * int(config[family.layers])
+    stock = BlockShape(int(config[family.heads]), int(config[family.feed_forward]))
+    layers, declared = int(config[family.layers]), config.get(KEY, {}).get("shapes")
+    if declared is None:
+        return (stock,) * layers
+    if len(declared) != layers or not all(_fits(shape, stock) for shape in declared):
+        raise ModelError(
+            f"config.json declares the shapes {declared} of [heads, feed_forward]; it must be {layers} pairs between "
+            f"[1, 1] and [{stock.heads}, {stock.feed_forward}]. Save or fetch the checkpoint again."
+        )
+    return tuple(BlockShape(*shape) for shape in declared)
+
+
+def _fits(shape: object, stock: BlockShape) -> bool:
+    return (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and 1 <= shape[0] <= stock.heads
+        and 1 <= shape[1] <= stock.feed_forward
+    )

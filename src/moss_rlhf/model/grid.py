@@ -1,8 +1,9 @@
 """The int8 grid: symmetric, one scale a row: an output channel of a linear layer, a token of an embedding table.
 
-weight = code · scale, code in −127 … 127. A scale is rounded up to 16 significant bits. Then every product code · scale is
-exact in float32 (7 + 16 < 24 bits), max|weight| / 127 gives the scale back exactly, and any exporter that quantizes by
-the largest weight finds the very same codes and scales: what is measured in PyTorch and what is shipped are one model.
+weight = code · scale, code in −127 … 127. A scale is rounded up to 16 significant bits. Then every product code · scale
+is exact in float32 (7 + 16 < 24 bits), max|weight| / 127 gives the scale back exactly, and any exporter that quantizes
+by the largest weight finds the very same codes and scales: what is measured in PyTorch and what is shipped are one
+model. A row so small that float32 has no 16 bits left for its scale (weights below 1e-38) becomes zeros.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from moss_rlhf.model.anatomy import anatomy_of
 
 LARGEST_CODE = 127
 _SCALE_BITS = 16
+_SMALLEST_SCALE = 2.0 ** (-149 + _SCALE_BITS)  # float32 counts in steps of 2^-149 down there
 
 
 def int8_scale(weight: Tensor) -> Tensor:
-    """The scale of each row, (rows, 1) float32; 1 for a row of zeros.
+    """The scale of each row, (rows, 1) float32; 1 for a row of zeros, or of weights too small for the grid.
 
     weight   (rows, width), float32, finite.
     raises   ValueError where the weight holds inf or nan.
@@ -29,7 +31,7 @@ def int8_scale(weight: Tensor) -> Tensor:
     largest = weight.abs().amax(dim=1, keepdim=True)
     mantissa, exponent = torch.frexp(largest.double() / LARGEST_CODE)
     rounded = torch.ldexp(torch.ceil(torch.ldexp(mantissa, torch.tensor(_SCALE_BITS))), exponent - _SCALE_BITS)
-    return torch.where(largest > 0, rounded, torch.ones_like(rounded)).float()
+    return torch.where(rounded >= _SMALLEST_SCALE, rounded, torch.ones_like(rounded)).float()
 
 
 def int8_codes(weight: Tensor, scale: Tensor) -> Tensor:

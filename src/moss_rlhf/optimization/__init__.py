@@ -1,4 +1,4 @@
-"""One file a method: a pure function of tensors and a thin driver that changes a model in place and returns the facts."""
+"""One file a method: a pure function of tensors, and a thin driver that changes a model in place and returns facts."""
 
 from moss_rlhf.optimization.magnitude import magnitude_mask, prune
 from moss_rlhf.optimization.narrow import narrow

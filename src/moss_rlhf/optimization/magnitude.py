@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moss_rlhf.errors import ModelError
 from moss_rlhf.model.checkpoint import Model
 
 
@@ -30,17 +31,38 @@ def prune(model: Model, sparsity: float) -> dict[str, object]:
     """Zero the smallest weights of every matrix in the blocks, each by the same share; returns the facts.
 
     The zeros stay zero in later fine-tuning. Shapes stay: no runtime of today is faster for it.
+    raises   ModelError on a quantized model, inf or nan, sparsity outside [0, 1), or one that removes nothing.
     """
-    linears = [linear for block in model.anatomy.blocks for linear in block.linears]
-    for linear in linears:
-        linear.weight[magnitude_mask(linear.weight, sparsity)] = 0
+    if model.quantization:
+        raise ModelError("prune: the model is quantized already; prune it before, then quantize.")
+    weights = _matrices(model)
+    masks = [_mask(name, weight, sparsity) for name, weight in weights.items()]
+    for weight, mask in zip(weights.values(), masks, strict=True):
+        weight[mask] = 0
     known = {id(parameter) for parameter in model.pruned}
-    model.pruned += [linear.weight for linear in linears if id(linear.weight) not in known]
-    total = sum(linear.weight.numel() for linear in linears)
-    zeros = total - sum(int(torch.count_nonzero(linear.weight)) for linear in linears)
+    model.pruned += [weight for weight in weights.values() if id(weight) not in known]
+    total = sum(weight.numel() for weight in weights.values())
+    zeros = total - sum(int(torch.count_nonzero(weight)) for weight in weights.values())
     return {
         "zeroed": zeros,
         "of": total,
         "sparsity": zeros / total,
         "faster_here": "no: unstructured zeros keep every shape, and ONNX Runtime multiplies them like any number",
     }
+
+
+def _matrices(model: Model) -> dict[str, nn.Parameter]:
+    linears = {id(linear.weight) for block in model.anatomy.blocks for linear in block.linears}
+    return {name: value for name, value in model.network.named_parameters() if id(value) in linears}
+
+
+def _mask(name: str, weight: Tensor, sparsity: float) -> Tensor:
+    try:
+        mask = magnitude_mask(weight, sparsity)
+    except ValueError as error:
+        raise ModelError(f"prune: {name}: {error}. Give a share such as 0.5, or an unbroken checkpoint.") from None
+    if not mask.any():
+        raise ModelError(
+            f"prune: sparsity {sparsity} is less than one of {name}'s {weight.numel()} weights. Give a larger share."
+        )
+    return mask

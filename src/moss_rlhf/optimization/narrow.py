@@ -1,8 +1,8 @@
 """Narrow the blocks: remove whole attention heads and feed-forward neurons, so that the matrices are smaller.
 
-Units are scored by Fisher information of their masks (Kwon et al. 2022, arXiv:2204.09656, §4.1): put a mask m = 1 before
-the output projection of attention (one a head) and before the down projection (one a neuron); the diagonal of the Fisher
-matrix is I_i = Σ_rows (∂loss / ∂m_i)², and removing the units of lowest I costs least to second order.
+Units are scored by Fisher information of their masks (Kwon et al. 2022, arXiv:2204.09656, §4.1): put a mask m = 1
+before the output projection of attention (one a head) and before the down projection (one a neuron); the diagonal of
+the Fisher matrix is I_i = Σ_rows (∂loss / ∂m_i)², and removing the units of lowest I costs least to second order.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ def fisher_scores(model: Model, sample: Any, progress: Progress) -> list[tuple[T
         with _masks(blocks, len(labels), labels.device) as masks:
             loss = task.loss(model.network(**inputs).logits, labels, reduction="sum")
             gradients = torch.autograd.grad(loss, [mask for pair in masks for mask in pair])
-        for (heads, neurons), of_heads, of_neurons in zip(totals, gradients[::2], gradients[1::2], strict=True):
-            heads += of_heads.double().pow(2).sum(dim=0).cpu()
-            neurons += of_neurons.double().pow(2).sum(dim=0).cpu()
+        for total, gradient in zip([total for pair in totals for total in pair], gradients, strict=True):
+            total.add_(gradient.double().pow(2).sum(dim=0).cpu())
     return totals
 
 
@@ -109,7 +108,8 @@ def narrow(
     after = model.anatomy.shapes
     if after == before:
         raise ModelError(
-            f"narrow: heads {heads} and feed_forward {feed_forward} are less than one unit of {before[0]}. Remove a larger share."
+            f"narrow: heads {heads} and feed_forward {feed_forward} are less than one unit of {before[0]}. "
+            "Remove a larger share."
         )
     return {
         "heads": f"{before[0].heads} → {after[0].heads} a block",

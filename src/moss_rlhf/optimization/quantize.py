@@ -18,14 +18,17 @@ def quantize(model: Model) -> dict[str, object]:
     """Round the weights to the int8 grid, in place, and declare the scheme; returns the facts.
 
     Activations are quantized by the runtime, from each batch's own range (dynamic quantization).
-    raises   ModelError where the model is quantized already or holds inf or nan.
+    raises   ModelError where the model is quantized already or holds inf or nan; nothing is changed then.
     """
     if model.quantization:
         raise ModelError(
             f"quantize: the model is quantized already ({model.quantization}); start from the checkpoint before."
         )
     weights = quantized_weights(model.network)
-    errors = {name: _round(name, parameter) for name, parameter in weights.items()}
+    rounded = {name: _rounded(name, parameter) for name, parameter in weights.items()}
+    errors = {name: _relative(rounded[name] - parameter, parameter) for name, parameter in weights.items()}
+    for name, parameter in weights.items():
+        parameter.copy_(rounded[name])
     model.quantization = "int8"
     worst = sorted(errors, key=lambda name: -errors[name])[:3]
     return {
@@ -37,16 +40,13 @@ def quantize(model: Model) -> dict[str, object]:
     }
 
 
-def _round(name: str, parameter: nn.Parameter) -> float:
+def _rounded(name: str, parameter: nn.Parameter) -> Tensor:
     try:
-        rounded = round_to_int8(parameter.detach())
+        return round_to_int8(parameter.detach())
     except ValueError as error:
         raise ModelError(
             f"quantize: {name}: {error}. Fine-tune again with a lower learning rate, or fetch the checkpoint again."
         ) from None
-    error = _relative(rounded - parameter, parameter)
-    parameter.copy_(rounded)
-    return error
 
 
 def _relative(difference: Tensor, weight: Any) -> float:

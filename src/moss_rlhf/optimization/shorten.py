@@ -1,8 +1,8 @@
 """Shorten the stack: drop whole blocks.
 
-Two scores. `loss` measures what dropping a block costs: blocks go one at a time, always the one whose loss without it is
-lowest. `angular` (Gromov et al. 2024, arXiv:2403.17887, §3.2) needs one pass: the n neighbouring blocks go that turn their
-input least, d(l) = arccos(cos(x_l, x_{l+n})) / π, the mean over tokens.
+Two scores. `loss` measures what dropping a block costs: blocks go one at a time, always the one whose loss without it
+is lowest. `angular` (Gromov et al. 2024, arXiv:2403.17887, §3.2) needs one pass: the n neighbouring blocks go that turn
+their input least, d(l) = arccos(cos(x_l, x_{l+n})) / π, the mean over tokens.
 """
 
 from __future__ import annotations
@@ -49,12 +49,15 @@ def shorten(
         raise ModelError("shorten: the model is quantized already; shorten it before, then quantize.")
     if not 0 < remove < depth:
         raise ModelError(
-            f"shorten: can't remove {remove} of {depth} layers; at least one must stay and one must go. Give 1 to {depth - 1}."
+            f"shorten: can't remove {remove} of {depth} layers; at least one must stay and one must go. "
+            f"Give 1 to {depth - 1}."
         )
     sample = calibration_rows(encoded(model, train), rows, seed)
     choose = _by_loss if score == "loss" else _by_angle
     dropped, scores = choose(model, sample, remove, progress or Progress(quiet=True))
     keep_blocks(model.network, [index for index in range(depth) if index not in dropped])
+    left = {id(parameter) for parameter in model.network.parameters()}
+    model.pruned = [parameter for parameter in model.pruned if id(parameter) in left]
     return {
         "layers": f"{depth} → {depth - remove}",
         "dropped": sorted(dropped),

@@ -11,33 +11,43 @@ import yaml
 from pydantic import ValidationError
 
 from moss_rlhf.errors import RecipeError
-from moss_rlhf.recipe.schema import STAGE_KINDS, Recipe
+from moss_rlhf.recipe.schema import OUR_FAULTS, STAGE_KINDS, Recipe
 
-_FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+_INT = re.compile(r"[-+]?(0|[1-9][\d_]*)$")
+_FLOAT = re.compile(r"[-+]?((\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$")
+_MERGE = "tag:yaml.org,2002:merge"  # `<<: *defaults`
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's scalars: `yes` and `no` are text, `5e-5` is a number; a key given twice is refused."""
+    """SafeLoader that guesses no more than a recipe wants; a key given twice is refused.
+
+    Only null and plain numbers are read as such. Of YAML 1.1, `yes` and `true` stay text (a field that wants true or
+    false takes them), `1:30` is no 90, `010` no 8 and `2024-05-01` no date; `5e-5` is a number.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]  # PyYAML
+        own = [key for key, _ in node.value if key.tag != _MERGE]
+        keys = [self.construct_object(key, deep=True) for key in own]
         for index, key in enumerate(keys):
             if key in keys[:index]:
-                line = node.value[index][0].start_mark.line + 1
+                line = own[index].start_mark.line + 1
                 raise RecipeError(f"line {line}: the key {key!r} is given twice; keep one of them.")
         return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (_MERGE, "tag:yaml.org,2002:null")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes texts which only our reader takes for numbers, such as 5e-5."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -60,12 +70,18 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return make_recipe(values, str(path))
 
 
+def _load(text: str, place: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506  # a SafeLoader
+    except RecipeError as error:
+        raise RecipeError(f"{place}: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
+        raise RecipeError(f"{place}: is not YAML: {' '.join(str(error).split())}") from None
+
+
 def parse_yaml(text: str, place: str) -> dict[str, Any]:
     """The mapping that a YAML text holds."""
-    try:
-        values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{place}: is not YAML: {' '.join(str(error).split())}") from None
+    values = _load(text, place)
     if not isinstance(values, dict):
         raise RecipeError(
             f"{place}: a recipe is a mapping of fields (task, model, data, stages …), this is {type(values).__name__}."
@@ -78,10 +94,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise RecipeError(f"--set {override}: must be FIELD=VALUE, such as --set stages.0.finetune.epochs=5.")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {override}: the value is not YAML; quote it.") from None
+    value = _load(text, f"--set {override}")
     target: Any = values
     *parents, last = path.split(".")
     for name in parents:
@@ -91,7 +104,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 def _descend(target: Any, name: str, override: str) -> Any:
     if isinstance(target, list):
-        return target[_position(target, name, override)]
+        position = _position(target, name, override)
+        if isinstance(target[position], str):
+            target[position] = {target[position]: {}}  # `stages.1.prune.sparsity=0.5` on `- prune`
+        return target[position]
     if not isinstance(target, dict):
         raise RecipeError(f"--set {override}: {name!r} lies inside a value that has no fields.")
     if isinstance(target.get(name), str) and name in ("train", "validation", "test"):
@@ -111,7 +127,7 @@ def _assign(target: Any, name: str, value: Any, override: str) -> None:
 
 
 def _position(target: list[Any], name: str, override: str) -> int:
-    if not name.isdigit() or int(name) >= len(target):
+    if not (name.isascii() and name.isdigit()) or int(name) >= len(target):
         raise RecipeError(f"--set {override}: {name!r} is no position in a list of {len(target)} (they count from 0).")
     return int(name)
 
@@ -122,8 +138,7 @@ def make_recipe(values: Mapping[str, Any], place: str = "recipe") -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         faults = [fault for fault in error.errors() if not _beside_the_point(fault)]
-        lines = list(dict.fromkeys(_explain(fault) for fault in faults))
-        raise RecipeError("\n".join(f"{place}: {line}" for line in lines)) from None
+        raise RecipeError("\n".join(f"{place}: {line}" for line in _explain(faults))) from None
 
 
 def _beside_the_point(fault: Any) -> bool:
@@ -131,23 +146,48 @@ def _beside_the_point(fault: Any) -> bool:
     return isinstance(fault["input"], Mapping) and fault["type"].removesuffix("_type") in ("string", "float", "int")
 
 
-def _explain(fault: Any) -> str:
-    names = [str(part) for part in fault["loc"]]
-    where = ".".join(_without_tags(names)) or "the recipe"
-    if fault["type"] == "missing":
-        return f"{where}: is missing; it must be given."
-    message = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-    value = fault["input"]
-    if fault["type"] in ("unknown_key", "stage", "order", "nothing", "one_source"):
-        return f"{where}: {message}".rstrip(".") + "."
-    return f"{where}: {value!r} can't be used; it {message}.".replace("it should be", "it must be")
+def _explain(faults: Sequence[Any]) -> list[str]:
+    """One line a place; what each member of a union asks for is joined by 'or'."""
+    rules: dict[tuple[str, str], list[str]] = {}
+    for fault in faults:
+        where = ".".join(_without_tags([str(part) for part in fault["loc"]])) or "the recipe"
+        rules.setdefault((where, _complaint(fault)), []).append(_rule(fault))
+    return [f"{where}: {complaint}{' or '.join(dict.fromkeys(found))}." for (where, complaint), found in rules.items()]
 
 
+def _complaint(fault: Any) -> str:
+    if fault["type"] in OUR_FAULTS:
+        return ""
+    return "is missing; " if fault["type"] == "missing" else f"{fault['input']!r} can't be used; it must "
+
+
+def _rule(fault: Any) -> str:
+    """What a value must do, in words that need no knowledge of Python: 'be a whole number'."""
+    if fault["type"] in OUR_FAULTS:
+        return str(fault["msg"]).rstrip(".")
+    message = re.sub(r"^(Input|String|List|Dictionary) should ", "", str(fault["msg"]))
+    return _RULES.get(fault["type"], message.partition(" after validation")[0])
+
+
+_RULES = {
+    "missing": "it must be given",
+    "string_type": "be text",
+    "int_type": "be a whole number",
+    "int_parsing": "be a whole number",
+    "int_from_float": "be a whole number",
+    "float_type": "be a number",
+    "float_parsing": "be a number",
+    "bool_type": "be true or false",
+    "bool_parsing": "be true or false",
+    "list_type": "be a list",
+    "dict_type": "be a mapping",
+    "model_type": "be a mapping of fields",
+}
 _UNION_TAGS = frozenset({"float", "int", "str", "SplitLayout", "constrained-int", "constrained-float"})
 
 
 def _without_tags(names: list[str]) -> list[str]:
-    """Pydantic's location with the names of union members left out: stages.0.narrow.narrow.heads → stages.0.narrow.heads."""
+    """Pydantic's location without union members: stages.0.narrow.narrow.heads → stages.0.narrow.heads."""
     kept: list[str] = []
     for index, name in enumerate(names):
         repeated = name in STAGE_KINDS and index > 0 and names[index - 1] == name
@@ -163,4 +203,4 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_yaml(recipe: Recipe) -> str:
     """The whole recipe, defaults filled in, as YAML."""
-    return yaml.safe_dump(recipe_values(recipe), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe_values(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

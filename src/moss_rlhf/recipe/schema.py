@@ -1,7 +1,7 @@
 """The recipe's fields: typed, frozen, unknown keys refused.
 
-Nothing here imports torch: a recipe is checked in milliseconds. A spec holds what the user asked for and never enters an
-algorithm; the pipeline unpacks it into arguments.
+Nothing here imports torch: a recipe is checked in milliseconds. A spec holds what the user asked for and never enters
+an algorithm; the pipeline unpacks it into arguments.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -33,7 +34,10 @@ def _as_text(value: object) -> object:
     return str(value) if isinstance(value, int | float) else value
 
 
-Name = Annotated[str, BeforeValidator(_as_text)]
+OUR_FAULTS = frozenset({"unknown_key", "one_source", "nothing", "stage", "order"})
+"""Types of the errors raised here, whose messages are whole sentences already."""
+
+Name = Annotated[str, BeforeValidator(_as_text), WithJsonSchema({"type": ["string", "number", "boolean"]})]
 Removed = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 ColumnReference = int | str | list[int | str]
@@ -223,7 +227,7 @@ def _one_kind(value: object) -> object:
         return value
     fields = {value: None} if isinstance(value, str) else value
     if not isinstance(fields, Mapping) or len(fields) != 1:
-        raise PydanticCustomError("stage", "a stage is one kind with its fields, such as finetune: {{epochs: 3}}")
+        raise PydanticCustomError("stage", "a stage is one kind with its fields, such as finetune: {epochs: 3}")
     kind, spec = next(iter(fields.items()))
     if kind not in STAGE_KINDS:
         hint = nearest(str(kind), STAGE_KINDS)
@@ -246,6 +250,13 @@ Stage = Annotated[
 ]
 
 
+def _allow_short_forms(schema: dict[str, Any]) -> None:
+    """`- quantize` and `- quantize:` are stages too."""
+    kinds = list(STAGE_KINDS)
+    empty = {"type": "object", "propertyNames": {"enum": kinds}, "additionalProperties": {"type": "null"}}
+    schema["items"] = {"anyOf": [schema["items"], {"enum": kinds}, empty | {"minProperties": 1, "maxProperties": 1}]}
+
+
 # --- the recipe ----------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +273,7 @@ class Recipe(Spec):
     task: Literal["text-classification"]
     model: str = Field(description="hub id or local directory")
     data: DataSpec
-    stages: list[Stage] = Field(min_length=1)
+    stages: list[Stage] = Field(min_length=1, json_schema_extra=_allow_short_forms)
     evaluate: EvaluateSpec = EvaluateSpec()
     export: list[Literal["onnx"]] = Field(default_factory=list)
     trust_remote_code: bool = Field(

@@ -16,6 +16,7 @@ from moss_rlhf.model.config import position_limit, read_config
 from moss_rlhf.model.runtime import OnnxRuntime, Runtime, TorchRuntime
 from moss_rlhf.tasks.batching import batches_of
 
+FILE = "model.onnx"
 _INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 
@@ -36,15 +37,14 @@ class Predictor:
 
     @classmethod
     def open(cls, path: str | Path) -> Predictor:
-        """raises ModelError where the path holds nothing that can answer."""
+        """What answers for a path. Raises ModelError where it holds nothing that can."""
         place = _shipped(Path(path))
         config = read_config(place)
         names = config.get("id2label") or {}
         tokenizer = _tokenizer(place, position_limit(config, float("inf")))
         padding = {name: config.get("pad_token_id") or 0 if name == "input_ids" else 0 for name in _INPUTS}
-        onnx = place / "model.onnx"
-        if onnx.exists():
-            runtime: Runtime = OnnxRuntime(onnx)
+        if (place / FILE).exists():
+            runtime: Runtime = _onnx(place / FILE)
         else:
             runtime, padding = _torch(place, padding)
         return cls(runtime, tokenizer, padding, tuple(str(names[key]) for key in sorted(names, key=int)))
@@ -67,16 +67,19 @@ class Predictor:
 
 def _shipped(path: Path) -> Path:
     """The directory to serve from: of a run, the one whose artifact its report measured."""
-    if (path / "report.json").is_file():
-        artifact = path / str(read_json(path / "report.json")["after"]["artifact"])
-        return artifact.parent if artifact.suffix == ".onnx" else artifact
-    if path.suffix == ".onnx":
-        path = path.parent
-    if not (path / "config.json").is_file():
+    if (path / "recipe.yaml").is_file() and not (path / "report.json").is_file():
+        raise ModelError(f"{path}: this run is not finished. Go on with moss run {path}/recipe.yaml.")
+    place = path / _artifact(path) if (path / "report.json").is_file() else path
+    place = place.parent if place.name == FILE else place
+    if not (place / "config.json").is_file():
         raise ModelError(
-            f"{path}: is no run, checkpoint or ONNX directory. Give a run such as runs/my, or runs/my/model."
+            f"{place}: is no run, checkpoint or ONNX directory. Give a run such as runs/my, or runs/my/model."
         )
-    return path
+    return place
+
+
+def _artifact(run: Path) -> str:
+    return str(read_json(run / "report.json")["after"]["artifact"])
 
 
 def _tokenizer(place: Path, limit: int) -> Any:
@@ -85,15 +88,28 @@ def _tokenizer(place: Path, limit: int) -> Any:
     file = place / "tokenizer.json"
     if not file.is_file():
         raise ModelError(f"{place}: holds no tokenizer.json. Give a directory that moss run wrote.")
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower one
+        raise ModelError(f"{file}: is broken ({error}). Export or fetch it again.") from None
     tokenizer.no_padding()
     tokenizer.enable_truncation(limit)
     return tokenizer
 
 
+def _onnx(file: Path) -> Runtime:
+    try:
+        return OnnxRuntime(file)
+    except Exception as error:  # the library raises a dozen that share no base
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{file}: ONNX Runtime can't open it ({reason}). Export it again.") from None
+
+
 def _torch(place: Path, padding: dict[str, int]) -> tuple[Runtime, dict[str, int]]:
+    from moss_rlhf.progress import quiet_libraries
     from moss_rlhf.tasks.batching import padding_of
     from moss_rlhf.tasks.loading import load
 
+    quiet_libraries()
     model = load(place)
     return TorchRuntime(model.network), {name: padding[name] for name in padding_of(model.tokenizer)}

@@ -22,7 +22,7 @@ def linear(step: int, total: int, warmup: float) -> float:
 
 
 def slanted_triangular(step: int, total: int, warmup: float) -> float:
-    """ULMFiT's triangle: up over the share `warmup`, down over the rest, between 1/32 and 1 (arXiv:1801.06146, eq. 3)."""
+    """ULMFiT's triangle, from 1/32 up to 1 over the share `warmup` and down again (arXiv:1801.06146, eq. 3)."""
     cut = max(1, int(total * warmup))
     height = step / cut if step < cut else 1 - (step - cut) / max(1, total - cut)
     return (1 + max(0.0, height) * (_ULMFIT_RATIO - 1)) / _ULMFIT_RATIO

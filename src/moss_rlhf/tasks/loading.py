@@ -6,30 +6,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moss_rlhf.errors import DataError, ModelError
 from moss_rlhf.model.checkpoint import Model, load_checkpoint, load_pretrained
-from moss_rlhf.model.config import KEY, read_config
+from moss_rlhf.model.config import KEY, read_config, trained_labels
 from moss_rlhf.model.locate import locate
 from moss_rlhf.tasks import TASKS, TextClassification
 
 
 def load(path: str | Path, labels: Sequence[str] | None = None, task: str | None = None) -> Model:
-    """Load a checkpoint that moss-rlhf wrote, whatever its shapes: `.network`, `.tokenizer`, `.task`.
+    """Load a checkpoint, whatever shapes moss-rlhf gave it: `.network`, `.tokenizer`, `.task`.
 
-    path     a directory; with `labels`, also a hub id.
+    path     a directory or a hub id.
     labels   names in class-id order, to start from a pretrained model whose head is yet to be trained.
     task     with `labels`: the task's name; text classification unless said otherwise.
     raises   ModelError where it is missing or broken.
     """
     place = locate(str(path))
-    name = task or read_config(place).get(KEY, {}).get("task", TextClassification.name)
+    config = read_config(place)
+    name = task or config.get(KEY, {}).get("task", TextClassification.name)
     auto_class = TASKS[name].auto_class()
-    return load_checkpoint(place, auto_class) if labels is None else load_pretrained(place, name, auto_class, labels)
+    if labels is None and KEY in config:
+        return load_checkpoint(place, auto_class)
+    names = labels if labels is not None else trained_labels(config)
+    if names is None:
+        raise ModelError(
+            f"{place}: its head was never trained for {name}. Give the class names to start from it: "
+            "load(path, labels=['negative', 'positive'])."
+        )
+    return load_pretrained(place, name, auto_class, names)
 
 
 def encoded(model: Model, rows: Any, max_length: int | None = None) -> Any:
     """Rows as the methods take them: tokenized, where they are not yet.
 
     rows     a datasets.Dataset, or a list of mappings, with the task's columns; labels as names or class ids.
+    raises   DataError on a label that the model does not know.
     """
     if not isinstance(rows, Sequence) and "input_ids" in rows.column_names:
         return rows
@@ -39,9 +50,19 @@ def encoded(model: Model, rows: Any, max_length: int | None = None) -> Any:
 def _dataset(model: Model, rows: Any) -> Any:
     from datasets import Dataset
 
-    if not isinstance(rows, Sequence):
-        return rows
-    ids = {name: index for index, name in enumerate(model.labels)}
-    return Dataset.from_list(
-        [{**row, "label": ids.get(row["label"], row["label"])} if "label" in row else row for row in rows]
+    data = Dataset.from_list(list(rows)) if isinstance(rows, Sequence) else rows
+    if "label" not in data.column_names:
+        return data
+    ids = [_class_id(model, label) for label in data["label"]]
+    return data.remove_columns("label").add_column("label", ids)
+
+
+def _class_id(model: Model, label: object) -> int:
+    if isinstance(label, str) and label in model.labels:
+        return model.labels.index(label)
+    if isinstance(label, int) and 0 <= label < len(model.labels):
+        return label
+    raise DataError(
+        f"rows: the label {label!r} is not one of {', '.join(model.labels)}, nor a class id below {len(model.labels)}. "
+        "Give labels as the model names them."
     )

@@ -93,4 +93,5 @@ class TextClassification:
 
     def answers(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
         """Class ids, (rows,)."""
-        return logits.argmax(axis=1).astype(np.int64)
+        ids: NDArray[np.int64] = logits.argmax(axis=1).astype(np.int64)
+        return ids

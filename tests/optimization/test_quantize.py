@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from moss_rlhf import quantize
+from moss_rlhf.errors import ModelError
+from moss_rlhf.model.anatomy import FAMILIES
+from moss_rlhf.model.grid import quantized_weights, round_to_int8
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_blocks_and_tables_lie_on_the_grid_and_the_rest_is_untouched(tiny_model, family):
+    model, whole = tiny_model(family), tiny_model(family)
+    facts = quantize(model)
+    chosen, old = quantized_weights(model.network), dict(whole.network.named_parameters())
+    for name, parameter in model.network.named_parameters():
+        expected = round_to_int8(old[name].detach()) if name in chosen else old[name]
+        assert torch.equal(parameter, expected), name
+    assert model.quantization == "int8"
+    assert facts["matrices"] == len(chosen)
+
+
+def test_the_error_is_that_of_rounding(tiny_model):
+    model, whole = tiny_model(), tiny_model()
+    facts = quantize(model)
+    new, old = quantized_weights(model.network), quantized_weights(whole.network)
+    errors = {name: ((new[name] - old[name]).norm() / old[name].norm()).item() for name in new}
+    assert facts["relative_error"] == pytest.approx(sum(errors.values()) / len(errors))
+    assert 0.001 < facts["relative_error"] < 0.01  # a step is max/127, its rounding error a step/√12
+    assert list(facts["worst"]) == sorted(errors, key=lambda name: -errors[name])[:3]
+
+
+def test_once_is_enough(tiny_model):
+    model = tiny_model()
+    quantize(model)
+    before = [parameter.clone() for parameter in model.network.parameters()]
+    with pytest.raises(ModelError, match=r"quantized already \(int8\)"):
+        quantize(model)
+    model.quantization = None  # as if nobody knew: the weights are a fixed point
+    quantize(model)
+    assert all(torch.equal(new, old) for new, old in zip(model.network.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_named_and_nothing_is_changed(tiny_model, value):
+    model = tiny_model()
+    with torch.no_grad():
+        model.anatomy.blocks[1].key.weight[3, 3] = value
+    before = [parameter.clone() for parameter in model.network.parameters()]
+    with pytest.raises(ModelError, match=r"layer\.1\.attention\.self\.key\.weight: weight is not finite"):
+        quantize(model)
+    assert model.quantization is None
+    pairs = zip(model.network.parameters(), before, strict=True)
+    assert all(torch.equal(new.nan_to_num(7), old.nan_to_num(7)) for new, old in pairs)

@@ -1,0 +1,75 @@
+"""Answers to raw texts, against the tokenizer and network of transformers used by hand."""
+
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from moss_rlhf.errors import ModelError
+from moss_rlhf.serving import Predictor
+
+LABELS = ("negative", "positive", "unsure")
+TEXTS = [
+    "the film was good",
+    "a",
+    "",
+    "这家店的面很好吃",
+    "what a lovely story , and we would know " * 30,
+    "??? \U0001f600",
+]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_answers_are_those_of_transformers_one_text_at_a_time(family, tiny_checkpoint):
+    """Padding (RoBERTa's is 1), truncation at the model's limit and the batch's other texts change nothing."""
+    place = tiny_checkpoint(family, LABELS)
+    network = AutoModelForSequenceClassification.from_pretrained(place).eval()
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    answers = list(Predictor.open(place).predict(TEXTS, batch_size=4))
+    assert len(answers) == len(TEXTS)
+    for text, answer in zip(TEXTS, answers, strict=True):
+        with torch.inference_mode():
+            inputs = tokenizer(text, truncation=True, return_tensors="pt")
+            probabilities = network(**inputs).logits.double().softmax(dim=1)[0]
+        assert inputs["input_ids"].shape[1] <= 64
+        assert answer.label == LABELS[int(probabilities.argmax())]
+        assert answer.probability == pytest.approx(float(probabilities.max()), abs=1e-5)
+
+
+def test_no_more_is_read_than_a_batch_holds(tiny_checkpoint):
+    """An endless stream of texts is answered as it comes."""
+    read = []
+    stream = (read.append(number) or f"text {number}" for number in itertools.count())
+    answers = Predictor.open(tiny_checkpoint("bert", LABELS)).predict(stream, batch_size=5)
+    assert read == []
+    next(answers)
+    assert len(read) == 5
+    list(itertools.islice(answers, 5))
+    assert len(read) == 10
+
+
+def test_a_run_serves_what_its_report_measured(tiny_checkpoint, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_checkpoint("bert", LABELS), run / "model")
+    (run / "recipe.yaml").write_text("task: text-classification\n")
+    with pytest.raises(ModelError, match=r"run: this run is not finished\. Go on with moss run .*recipe\.yaml\."):
+        Predictor.open(run)
+    (run / "report.json").write_text(json.dumps({"after": {"artifact": "model"}}))
+    assert Predictor.open(run).labels == LABELS
+    shutil.rmtree(run / "model")
+    with pytest.raises(ModelError, match="model: is no run, checkpoint or ONNX directory"):
+        Predictor.open(run)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"), [("unlink", "holds no tokenizer"), ("write", "tokenizer.json: is broken")]
+)
+def test_a_tokenizer_that_is_missing_or_broken(spoil, message, tiny_checkpoint, tmp_path):
+    place = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("bert", LABELS), place)
+    (place / "tokenizer.json").unlink() if spoil == "unlink" else (place / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=message):
+        Predictor.open(place)
