@@ -12,7 +12,9 @@ from moss_rlhf.evaluation import describe_machine, versions
 RESULTS = Path(__file__).parent / "results"
 
 
-def table(title: str, rows: list[tuple[str, str, str]], header: tuple[str, str, str] = ("what", "measured", "asked")) -> str:
+def table(
+    title: str, rows: list[tuple[str, str, str]], header: tuple[str, str, str] = ("what", "measured", "asked")
+) -> str:
     """Three columns as Markdown, under the machine's name and the versions."""
     machine = describe_machine()
     instructions = ", ".join(machine["instructions"]) or "none of note"

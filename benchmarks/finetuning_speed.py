@@ -86,9 +86,16 @@ def main(path: str = "../shared/data/sst2/train.tsv", rows: str = "1600", rounds
             f"{statistics.median(mine for _, mine in pairs):.1f}",
             "",
         ),
-        ("ratio, median (lowest to highest) of the rounds", f"{statistics.median(ratios):.2f}× ({min(ratios):.2f} to {max(ratios):.2f})", "≥ 2×"),
+        (
+            "ratio, median (lowest to highest) of the rounds",
+            f"{statistics.median(ratios):.2f}× ({min(ratios):.2f} to {max(ratios):.2f})",
+            "≥ 2×",
+        ),
     ]
-    keep("finetuning_speed", table(f"Fine-tuning speed, {len(data)} rows of {path.rsplit('/', 2)[-2]}, batch {BATCH}", result))
+    keep(
+        "finetuning_speed",
+        table(f"Fine-tuning speed, {len(data)} rows of {path.rsplit('/', 2)[-2]}, batch {BATCH}", result),
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,14 @@ from common import keep, read_report, table
 from moss_rlhf.recipe import read_recipe
 
 ASKED = {
-    "quickstart": {"wall": "≤ 180 s", "before": "≥ 0.85", "drop": "≤ 0.03", "size": "", "throughput": "", "latency": ""},
+    "quickstart": {
+        "wall": "≤ 180 s",
+        "before": "≥ 0.85",
+        "drop": "≤ 0.03",
+        "size": "",
+        "throughput": "",
+        "latency": "",
+    },
     "sst2": {
         "wall": "≤ 1500 s",
         "before": "≥ 0.87",
@@ -43,18 +50,35 @@ def main(recipe: str, *overrides: str) -> None:
         ("wall time of moss run", f"{wall:.0f} s", asked.get("wall", "")),
         (f"{metric} before", _interval(before["metrics"][metric]), asked.get("before", "")),
         (f"{metric} after", _interval(after["metrics"][metric]), ""),
-        ("difference, paired", _interval({**gain["metric"], "value": gain["metric"]["delta"]}), f"drop {asked.get('drop', '')}"),
+        (
+            "difference, paired",
+            _interval({**gain["metric"], "value": gain["metric"]["delta"]}),
+            f"drop {asked.get('drop', '')}",
+        ),
         ("the same, by plain onnxruntime one text at a time", f"{independent_accuracy(run, report):.4f}", ""),
         ("size of the shipped file / dense checkpoint", f"{1 / gain['size']:.3f}×", asked.get("size", "")),
-        *((f"throughput, batch {size}", f"{ratio:.2f}×", asked.get("throughput", "") if size == "32" else "")
-          for size, ratio in gain["speedup"].items()),
-        *((f"latency p50, batch {size}", f"{ratio:.2f}×", asked.get("latency", "") if size == "1" else "")
-          for size, ratio in gain["latency"].items()),
+        *(
+            (f"throughput, batch {size}", f"{ratio:.2f}×", asked.get("throughput", "") if size == "32" else "")
+            for size, ratio in gain["speedup"].items()
+        ),
+        *(
+            (f"latency p50, batch {size}", f"{ratio:.2f}×", asked.get("latency", "") if size == "1" else "")
+            for size, ratio in gain["latency"].items()
+        ),
     ]
     if report["reference"]:
         for size, value in report["reference"]["throughput"].items():
-            rows.append((f"throughput, batch {size}, same shape in float32 ONNX", f"{value / before['throughput'][size]:.2f}×", ""))
-    rows += [(f"seconds of stage {stage['name'].rsplit('-', 1)[0]}", f"{stage['seconds']:.0f}", "") for stage in report["stages"]]
+            rows.append(
+                (
+                    f"throughput, batch {size}, same shape in float32 ONNX",
+                    f"{value / before['throughput'][size]:.2f}×",
+                    "",
+                )
+            )
+    rows += [
+        (f"seconds of stage {stage['name'].rsplit('-', 1)[0]}", f"{stage['seconds']:.0f}", "")
+        for stage in report["stages"]
+    ]
     keep(name, table(f"`{recipe}` {' '.join(overrides)}", rows))
 
 

@@ -23,7 +23,9 @@ def main() -> None:
     rows = []
     for arguments, asked in (((("--help"),), "≤ 0.5 s"), (("check", "recipes/quickstart.yaml"), "≤ 5 s")):
         times = [seconds(*arguments) for _ in range(5)]
-        rows.append((f"moss {' '.join(arguments)}", f"{statistics.median(times):.2f} s (first {times[0]:.2f} s)", asked))
+        rows.append(
+            (f"moss {' '.join(arguments)}", f"{statistics.median(times):.2f} s (first {times[0]:.2f} s)", asked)
+        )
     keep("startup", table("Waiting for the command", rows))
 
 

@@ -51,7 +51,7 @@ from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.lengths import choose_max_length, length_facts
 
 _EFFICIENCY = 0.5  # of a plain matrix product's speed, reached in training (docs/LOG.md)
-_LIBRARY_BYTES = 600 * 2**20
+_LIBRARY_BYTES = 1100 * 2**20  # torch, transformers, datasets, and what their allocators keep (measured)
 _CHECKPOINT_BYTES = 28  # a parameter's share of two resume states (weights and two moments) and the best weights
 _TRAINING_COST = 3  # a forward and a backward, in forwards
 
@@ -110,7 +110,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     place = locate(recipe.model)
     config = read_config(place)
     check_stages(recipe, place)
-    check_output(recipe, _initial_state(place, config, labels=2).parameters)
+    check_output(recipe, place)
     task = TASKS[recipe.task]
     known = trained_labels(config)
     data = check_data(
@@ -131,7 +131,7 @@ def check_stages(recipe: Recipe, place: Path) -> None:
     """Whether the model can go through the stages: something to remove, something left, a teacher that is one."""
     config = read_config(place)
     for file in weight_files(place):
-        read_header(file)
+        read_header(file)  # says which file is broken
     shapes = block_shapes(config)
     quantized = config.get(KEY, {}).get("quantization")
     for index, stage in enumerate(recipe.stages):
@@ -188,7 +188,16 @@ def _check_teacher(recipe: Recipe, index: int, teacher: str, config: dict[str, A
 
 
 def check_labels(recipe: Recipe, config: dict[str, Any], labels: Sequence[str]) -> None:
-    """A checkpoint of ours serves the labels it was trained for."""
+    """A checkpoint of ours serves the labels it was trained for, and a teacher knows the same."""
+    for index, stage in enumerate(recipe.stages):
+        spec = stage_spec(stage)
+        if isinstance(spec, FinetuneSpec) and spec.distill and spec.distill.teacher != "parent":
+            taught = trained_labels(read_config(locate(spec.distill.teacher)))
+            if taught is None or set(taught) != set(labels):
+                raise ModelError(
+                    f"stages.{index}.finetune.distill.teacher: {spec.distill.teacher} was trained for the labels "
+                    f"{', '.join(taught or ('(none)',))}; the data has {', '.join(labels)}. Give a teacher of the same."
+                )
     known = trained_labels(config)
     if KEY in config and known is not None and set(known) != set(labels):
         raise ModelError(
@@ -197,8 +206,9 @@ def check_labels(recipe: Recipe, config: dict[str, Any], labels: Sequence[str]) 
         )
 
 
-def check_output(recipe: Recipe, parameters: int) -> None:
-    """Whether the output can be written and the disk holds what the run will leave."""
+def check_output(recipe: Recipe, place: Path) -> None:
+    """Whether the output can be written and the disk holds what a run from the start will leave."""
+    parameters = _initial_state(place, read_config(place), labels=2).parameters
     output = Path(recipe.output)
     refuse_foreign(output)
     existing = next(parent for parent in [output, *output.absolute().parents] if parent.exists())
@@ -282,11 +292,12 @@ def _work(spec: object, state: _State, rows: dict[str, int], length: float, long
 
 
 def _multiplication_rate() -> float:
-    """Operations a second of a float32 matrix product, measured now."""
-    matrix = np.ones((768, 768), dtype=np.float32)
+    """Operations a second of a float32 matrix product, measured now: the best of many, for other work disturbs them."""
+    size = 512
+    matrix = np.ones((size, size), dtype=np.float32)
     best = float("inf")
-    for _ in range(4):
+    for _ in range(30):
         started = time.perf_counter()
         np.dot(matrix, matrix)
         best = min(best, time.perf_counter() - started)
-    return float(2 * 768**3 / best)
+    return 2 * size**3 / best

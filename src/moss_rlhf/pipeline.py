@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,7 +105,11 @@ def _compare(session: Session) -> dict[str, Any]:
     before = torch_artifact(session.folder_after(session.parent), session.model_after(session.parent))
     after, reference = _ship(session)
     measuring = _measuring(session, session.rows.evaluation, session.rows.evaluation_split)
-    return measuring.compare(before if session.head_is_trained else None, after, reference, session.rows.texts)
+    result = measuring.compare(before if session.head_is_trained else None, after, reference, session.rows.texts)
+    if reference is not None:
+        shutil.rmtree(reference.path.parent)
+        result["reference"]["artifact"] = "(only compared with, not kept)"
+    return result
 
 
 def _ship(session: Session) -> tuple[Artifact, Artifact | None]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moss_rlhf.checking import check_labels, check_stages
+from moss_rlhf.checking import check_labels, check_output, check_stages
 from moss_rlhf.data import Splits, load_splits
 from moss_rlhf.files import digest, file_digest
 from moss_rlhf.model.checkpoint import (
@@ -119,6 +119,8 @@ def prepare(recipe: Recipe, place: RunDirectory, progress: Progress, threads: in
     """Read the data and tokenize it, find the model, name every stage's folder."""
     task, source = TASKS[recipe.task], locate(recipe.model)
     check_stages(recipe, source)
+    if not (place.path / "stages").exists():  # a run that goes on has taken its space already
+        check_output(recipe, source)
     splits = load_splits(
         recipe.data,
         task.columns,

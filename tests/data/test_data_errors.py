@@ -146,6 +146,12 @@ def test_an_id_beside_the_text_is_no_text(tmp_path):
     )
 
 
+def test_remnants_of_html_are_kept_and_told(tmp_path):
+    rows = ["good<br />film\t1", "#39;s bad\t0", "1 < 2 and 3 > 2 & so on\t1", "plain\t0", "a &amp; b\t1", "dull\t0"]
+    (tmp_path / "a.tsv").write_text("text\tlabel\n" + "\n".join(rows))
+    assert any("train: 3 texts hold remnants of HTML" in note for note in _check(train=str(tmp_path / "a.tsv")).notes)
+
+
 def test_labels_that_train_lacks(tmp_path):
     (tmp_path / "train.tsv").write_text(GOOD)
     (tmp_path / "test.tsv").write_text("text\tlabel\nfirst\t1\nsecond\t2\n")

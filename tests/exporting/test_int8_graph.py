@@ -8,9 +8,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moss_rlhf.exporting.int8 import codes_of, quantize_graph
 
-TABLE = np.array([[0.5, -1.0], [254, 2], [0, 0]], dtype=np.float32)
-"""Scales a row: 1/127, 2, and 1 for the row of zeros; the first is not on a grid of whole codes but for its largest."""
-WEIGHT = np.array([[12.7, 0, 3], [-0.1, 0, -127], [6.3, 0, 64]], dtype=np.float32)
+TABLE = np.array([[0.5, -1.0], [128, 2], [0, 0]], dtype=np.float32)
+"""Scales a row: 1/64, 2, and 1 for the row of zeros."""
+WEIGHT = np.array([[6.4, 0, 3], [-0.1, 0, -64], [3.2, 0, 32]], dtype=np.float32)
 
 
 def _graph(nodes, initializers, inputs, outputs):
@@ -36,10 +36,10 @@ def _values(proto):
 
 def test_codes_by_hand():
     codes, scale = codes_of(TABLE, axis=1)
-    assert codes.tolist() == [[64, -127], [127, 1], [0, 0]]  # 0.5 · 127 = 63.5: rounded half to even
-    assert scale.tolist() == [[np.float32(1 / 127)], [2], [1]]
+    assert codes.tolist() == [[32, -64], [64, 1], [0, 0]]
+    assert scale.tolist() == [[1 / 64], [2], [1]]
     codes, scale = codes_of(WEIGHT, axis=0)
-    assert codes.tolist() == [[127, 0, 3], [-1, 0, -127], [63, 0, 64]]
+    assert codes.tolist() == [[64, 0, 3], [-1, 0, -64], [32, 0, 32]]
     np.testing.assert_allclose(scale, [[0.1, 1, 1]], rtol=1e-7)
 
 
@@ -51,7 +51,7 @@ def test_a_table_answers_codes_times_scales_exactly():
     assert set(_values(proto)) == {"table_codes", "table_scale"}
     assert _values(proto)["table_codes"].dtype == np.int8
     (rows,) = _run(proto, ids=np.array([[1, 2, 0]]))
-    assert rows.tolist() == [[[254, 2], [0, 0], [float(np.float32(64) * np.float32(1 / 127)), -1]]]
+    assert rows.tolist() == [[[128, 2], [0, 0], [0.5, -1]]]
 
 
 def test_a_product_is_the_integer_product_times_both_scales():
@@ -75,17 +75,16 @@ def test_a_product_is_the_integer_product_times_both_scales():
 
 @pytest.mark.parametrize("shape", [(1, 1, 7), (3, 5, 7)])
 def test_random_products_are_near_those_in_float(shape):
-    """Every second row of weights is zero: without VNNI the runtime adds two products in 16 bits, which overflow."""
+    """On every processor: without VNNI the runtime adds two products in 16 bits, which codes up to 127 would overflow."""
     generator = np.random.default_rng(0)
-    rows = np.arange(7, dtype=np.float32)[:, None] % 2
-    weight = generator.standard_normal((7, 11), dtype=np.float32) * rows
+    weight = generator.standard_normal((7, 11), dtype=np.float32)
     nodes = [
         helper.make_node("MatMul", ["x", "q"], ["a"]),
         helper.make_node("MatMul", ["x", "k"], ["b"]),
         helper.make_node("Add", ["a", "b"], ["y"]),
     ]
     inputs, outputs = [("x", TensorProto.FLOAT, ["batch", "length", 7])], [("y", ["batch", "length", 11])]
-    proto = _graph(nodes, {"q": weight, "k": 2 * weight + rows}, inputs, outputs)
+    proto = _graph(nodes, {"q": weight, "k": 2 * weight + 1}, inputs, outputs)
     x = generator.standard_normal(shape, dtype=np.float32)
     (expected,) = _run(proto, x=x)
     quantize_graph(proto, {"q": "MatMul", "k": "MatMul"})

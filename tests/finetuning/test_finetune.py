@@ -9,7 +9,7 @@ from moss_rlhf.finetuning import finetune
 from moss_rlhf.finetuning.finetune import evaluate_loss, evaluation_steps
 from moss_rlhf.finetuning.layers import layer_groups, lowest_trained
 from moss_rlhf.finetuning.trainer import LayerwiseTrainer
-from moss_rlhf.optimization import prune
+from moss_rlhf.optimization import prune, quantize
 from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.loading import encoded
 
@@ -162,3 +162,10 @@ def test_flops_grow_with_what_trains(tiny_model, rows):
     whole = finetune(tiny_model(), rows, rows, **settings).flops
     gradual = finetune(tiny_model(), rows, rows, unfreeze="gradual", **settings).flops
     assert whole / 3 < gradual < whole
+
+
+def test_a_quantized_model_is_refused(tiny_model, rows):
+    model = tiny_model()
+    quantize(model)
+    with pytest.raises(ModelError, match="quantized already"):
+        finetune(model, rows, rows)

@@ -30,8 +30,8 @@ def test_the_grid_is_exact_and_found_again_from_its_largest_weight():
     assert torch.equal(round_to_int8(rounded), rounded)  # bit for bit: a fixed point
     live = codes.any(dim=1)
     assert live.sum() > 1000
-    assert torch.equal(rounded.abs().amax(dim=1, keepdim=True)[live] / 127, scale[live])
-    assert torch.equal(codes.abs().amax(dim=1)[live], torch.full((int(live.sum()),), 127, dtype=torch.int8))
+    assert torch.equal(rounded.abs().amax(dim=1, keepdim=True)[live] / 64, scale[live])
+    assert torch.equal(codes.abs().amax(dim=1)[live], torch.full((int(live.sum()),), 64, dtype=torch.int8))
 
 
 def test_every_weight_moves_to_its_nearest_code():
@@ -40,14 +40,14 @@ def test_every_weight_moves_to_its_nearest_code():
     live = int8_codes(weight, scale.float()).any(dim=1)
     error = (round_to_int8(weight).double() - weight.double()).abs()
     assert (error <= scale * (0.5 + 1e-6))[live].all()
-    assert (weight[~live].abs() < 127 * 2.0**-133).all()  # only what float32 itself can hardly hold is lost
+    assert (weight[~live].abs() < 64 * 2.0**-133).all()  # only what float32 itself can hardly hold is lost
     assert (round_to_int8(weight)[~live] == 0).all()
 
 
 def test_a_scale_by_hand():
-    weight = torch.tensor([[127.0, -3.4, 0.5, 1.5], [0.0, 0.0, 0.0, 0.0], [1.0, 0.0, -1.0, 0.25]])
-    assert int8_scale(weight).flatten().tolist() == [1.0, 1.0, 33027 / 2**22]  # 2²² / 127 = 33026.02…, rounded up
-    assert int8_codes(weight, int8_scale(weight)).tolist() == [[127, -3, 0, 2], [0, 0, 0, 0], [127, 0, -127, 32]]
+    weight = torch.tensor([[64.0, -3.4, 0.5, 1.5], [0.0, 0.0, 0.0, 0.0], [0.1, 0.0, -0.1, 0.025]])
+    assert int8_scale(weight).flatten().tolist() == [1.0, 1.0, 52429 / 2**25]  # 0.1 / 64 · 2²⁵ = 52428.8, rounded up
+    assert int8_codes(weight, int8_scale(weight)).tolist() == [[64, -3, 0, 2], [0, 0, 0, 0], [64, 0, -64, 16]]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -25,7 +25,7 @@ def test_the_error_is_that_of_rounding(tiny_model):
     new, old = quantized_weights(model.network), quantized_weights(whole.network)
     errors = {name: ((new[name] - old[name]).norm() / old[name].norm()).item() for name in new}
     assert facts["relative_error"] == pytest.approx(sum(errors.values()) / len(errors))
-    assert 0.001 < facts["relative_error"] < 0.01  # a step is max/127, its rounding error a step/√12
+    assert 0.002 < facts["relative_error"] < 0.02  # a step is max/64, its rounding error a step/√12
     assert list(facts["worst"]) == sorted(errors, key=lambda name: -errors[name])[:3]
 
 

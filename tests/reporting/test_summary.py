@@ -22,6 +22,11 @@ def test_verdict_of_a_bad_result_says_so(report):
     assert "accuracy fell, outside what chance explains" in words
 
 
+def test_too_few_rows_are_not_called_no_loss(report):
+    report["gain"]["metric"] |= {"delta": -0.01, "low": -0.05, "high": 0.03}
+    assert summary.headline(report) == "Faster, smaller, a loss of accuracy not ruled out"
+
+
 def test_speed_that_pulls_both_ways_is_not_called_faster(report):
     report["gain"]["latency"] = {"1": 0.5}
     assert summary.headline(report).startswith("More texts per second but higher latency, smaller")

@@ -194,6 +194,10 @@ def _notes(parts: Mapping[str, Part], facts: Mapping[str, Mapping[str, Any]]) ->
     for split, part in own:
         if part.scan.broken:
             notes.append(f"{split}: {part.scan.broken} broken lines skipped: {'; '.join(part.scan.broken_places)}.")
+    for split, part in own:
+        if part.scan.markup:
+            remnants = "remnants of HTML, such as <br /> or #39;; they are kept as they are"
+            notes.append(f"{split}: {part.scan.markup} texts hold {remnants}.")
     for split, part in parts.items():
         leaks = ((reason, count) for reason, count in part.dropped.items() if reason.startswith("also"))
         notes += [f"{split}: {count} rows dropped because their text is {reason}." for reason, count in leaks]

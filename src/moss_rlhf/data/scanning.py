@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from moss_rlhf.recipe import DataSpec, SplitLayout
 DIGEST_BYTES = 16
 MOST_CLASSES = 1000
 _FEW_ROWS = 20
-_FORM = 1  # of the cached files; a higher number makes older ones be written anew
+_FORM = 2  # of the cached files; a higher number makes older ones be written anew
 _BROKEN_SHOWN = 3
 
 
@@ -77,6 +78,7 @@ class Scan:
     labels         (rows,) int32, positions in `names`
     digests        (rows, 2) uint64, equal for equal texts (outer white space stripped)
     broken         lines skipped; `broken_places`: the first three
+    markup         rows whose text holds remnants of HTML, such as <br /> or #39;
     """
 
     place: str
@@ -89,7 +91,10 @@ class Scan:
     digests: NDArray[np.uint64]
     broken: int
     broken_places: list[str]
+    markup: int
 
+
+_MARKUP = re.compile(r"</?[a-zA-Z]+ ?/?>|&[a-zA-Z]+;|&?#\d+;")
 
 Keep = Callable[[Row, int, bytes], None]
 
@@ -138,6 +143,7 @@ class _Tally:
         self.positions: dict[str, int] = {}
         self.labels = array("i")
         self.digests = bytearray()
+        self.markup = 0
 
     def add(self, row: Row, file: SplitFile) -> tuple[int, bytes]:
         """The row's label's position and its text's digest."""
@@ -148,6 +154,7 @@ class _Tally:
         self.labels.append(self.positions[row.label])
         text = text_digest(row.texts)
         self.digests += text
+        self.markup += any(_MARKUP.search(part) for part in row.texts)
         return self.labels[-1], text
 
     def scan(self, file: SplitFile, broken: Broken) -> Scan:
@@ -162,6 +169,7 @@ class _Tally:
             digests=np.frombuffer(self.digests, dtype=np.uint64).reshape(-1, 2),
             broken=broken.count,
             broken_places=broken.places,
+            markup=self.markup,
         )
 
 

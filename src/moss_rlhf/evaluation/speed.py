@@ -56,7 +56,7 @@ def speed_batches(
         raise ValueError("rows is empty: speed is measured on texts; give at least one")
     shuffled = [rows[index] for index in np.random.default_rng(seed).permutation(len(rows)).tolist()]
     counts = {size: _sample_size(size, len(rows), rows_per_size) for size in batch_sizes}
-    return {size: batches_of([*islice(cycle(shuffled), count)], size, padding) for size, count in counts.items()}
+    return {size: list(batches_of([*islice(cycle(shuffled), n)], size, padding)) for size, n in counts.items()}
 
 
 def measure_speed(

@@ -60,10 +60,10 @@ def export_onnx(
 _SENTENCES = ("What a film!", "The room was cold, and nobody came when we called the desk twice.", "这家店的面很好吃")
 
 
-def export(model: Model, place: Path, texts: Sequence[str] = _SENTENCES) -> dict[str, object]:
+def export(model: Model, place: str | Path, texts: Sequence[str] = _SENTENCES) -> dict[str, object]:
     """Write a model in memory to `place`/model.onnx; `texts` are what it is held against PyTorch with."""
     tokens = [model.tokenizer(text, truncation=True, max_length=model.max_length) for text in texts]
-    return export_onnx(model, place, batches_of(tokens, len(tokens), padding_of(model.tokenizer)))
+    return export_onnx(model, Path(place), batches_of(tokens, len(tokens), padding_of(model.tokenizer)))
 
 
 def _keep(file: Path, place: Path | None) -> None:

@@ -241,11 +241,12 @@ def _assert_zeros(pruned: dict[str, nn.Parameter], place: Path) -> None:
             )
 
 
-def save_checkpoint(model: Model, place: Path) -> None:
+def save_checkpoint(model: Model, place: str | Path) -> None:
     """Write a checkpoint that stands alone, whole or not at all.
 
     raises   ModelError where a pruned tensor has lost its zeros.
     """
+    place = Path(place)
     names = {id(parameter): name for name, parameter in model.network.named_parameters()}
     pruned = {names[id(parameter)]: parameter for parameter in model.pruned}
     _assert_zeros(pruned, place)

@@ -1,9 +1,11 @@
 """The int8 grid: symmetric, one scale a row: an output channel of a linear layer, a token of an embedding table.
 
-weight = code · scale, code in −127 … 127. A scale is rounded up to 16 significant bits. Then every product code · scale
-is exact in float32 (7 + 16 < 24 bits), max|weight| / 127 gives the scale back exactly, and any exporter that quantizes
-by the largest weight finds the very same codes and scales: what is measured in PyTorch and what is shipped are one
-model. A row so small that float32 has no 16 bits left for its scale (weights below 1e-38) becomes zeros.
+weight = code · scale, code in −64 … 64. Why not 127: processors without VNNI add pairs of products of an unsigned
+activation and a signed weight in 16 bits, and saturate silently; 2 · 255 · 64 < 2¹⁵ fits, so the file gives the same
+sums on every processor (measured in docs/LOG.md). A scale is rounded up to 16 significant bits. Then every product
+code · scale is exact in float32 (7 + 16 < 24 bits), max|weight| / 64 gives the scale back exactly, and any exporter
+that quantizes by the largest weight finds the very same codes and scales: what is measured in PyTorch and what is
+shipped are one model. A row so small that float32 has no 16 bits left for its scale (below 1e-38) becomes zeros.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from moss_rlhf.model.anatomy import anatomy_of
 
-LARGEST_CODE = 127
+LARGEST_CODE = 64
 _SCALE_BITS = 16
 _SMALLEST_SCALE = 2.0 ** (-149 + _SCALE_BITS)  # float32 counts in steps of 2^-149 down there
 

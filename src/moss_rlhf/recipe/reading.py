@@ -137,7 +137,8 @@ def make_recipe(values: Mapping[str, Any], place: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        faults = [fault for fault in error.errors() if not _beside_the_point(fault)]
+        every = error.errors()
+        faults = [fault for fault in every if not _beside_the_point(fault)] or every
         raise RecipeError("\n".join(f"{place}: {line}" for line in _explain(faults))) from None
 
 

@@ -36,7 +36,8 @@ def _stage_lines(check: Check) -> Iterator[str]:
             f"{stage.kind:10}  {stage.parameters / 1e6:>9.2f}M  {stage.macs_per_token / 1e6:>9.2f}M  "
             f"{_duration(stage.seconds):>8}  {stage.memory_bytes / 1e9:>5.1f} GB"
         )
-    yield f"training in all: about {_duration(sum(stage.seconds for stage in check.stages))} on this machine; then export and measuring, a minute or two"
+    whole = _duration(sum(stage.seconds for stage in check.stages))
+    yield f"training in all: about {whole} on this machine; then export and measuring, a minute or two"
 
 
 def _duration(seconds: float) -> str:

@@ -10,6 +10,9 @@ from moss_rlhf.reporting import wording
 Report = Mapping[str, Any]
 
 
+_TOLERABLE_LOSS = 0.02  # an interval that reaches further down is too wide to speak of no loss
+
+
 def main_metric(report: Report) -> str | None:
     """The name of the metric that the gain is judged by; without a gain, the first that was measured."""
     if report["gain"] is not None:
@@ -65,6 +68,8 @@ def _size_word(gain: Mapping[str, Any]) -> str:
 
 def _metric_word(change: Mapping[str, Any]) -> str:
     name = change["name"]
+    if wording.mark_of_metric(change) == "same" and change["low"] < -_TOLERABLE_LOSS:
+        return f"a loss of {name} not ruled out"
     return {
         "better": f"{name} up",
         "worse": f"{name} down",
