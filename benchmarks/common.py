@@ -21,8 +21,8 @@ def table(
     lines = [
         f"# {title}",
         "",
-        f"{time.strftime('%Y-%m-%d')}, {machine['processor']}, {machine['cores']} cores ({instructions}), {platform.system()}; "
-        + ", ".join(f"{name} {version}" for name, version in versions().items() if version),
+        f"{time.strftime('%Y-%m-%d')}, {machine['processor']}, {machine['cores']} cores ({instructions}), "
+        f"{platform.system()}; " + ", ".join(f"{name} {version}" for name, version in versions().items() if version),
         "",
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),

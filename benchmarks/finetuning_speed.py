@@ -1,6 +1,6 @@
-"""Examples per second of fine-tuning: ours against the Hugging Face Trainer with its defaults, same data, model, batch size.
+"""Examples per second of fine-tuning: ours against the Hugging Face Trainer with its defaults, all else equal.
 
-`python benchmarks/finetuning_speed.py [TRAIN_TSV] [ROWS] [ROUNDS]`; the two take turns, so that a noisy machine slows both.
+`python benchmarks/finetuning_speed.py [TRAIN_TSV] [ROWS] [ROUNDS]`; they take turns: a noisy machine slows both.
 Theirs: random order, dynamic padding, float32. Ours: length buckets, and bfloat16 where the processor has it.
 """
 
@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from common import keep, table
@@ -28,7 +29,7 @@ BATCH = 32
 
 
 def read_rows(path: str, most: int) -> list[dict]:
-    with open(path, encoding="utf-8", newline="") as file:
+    with Path(path).open(encoding="utf-8", newline="") as file:
         cells = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     stride = max(1, len(cells) // most)
     return [{"text": text, "label": LABELS[int(label)]} for text, label in cells[::stride][:most]]

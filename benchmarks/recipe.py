@@ -1,6 +1,6 @@
 """Run a recipe from nothing and print what it reached: `python benchmarks/recipe.py recipes/sst2.yaml [--set …]`.
 
-The wall time is that of `moss run` as a user starts it, imports and report included. The accuracy of the shipped file is
+The wall time is that of `moss run` as a user starts it, imports and report included. The shipped file's accuracy is
 measured once more by a script of its own: plain onnxruntime and the tokenizer, one text at a time.
 """
 

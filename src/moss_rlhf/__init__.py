@@ -1,7 +1,7 @@
 """Make a pretrained language model small, fast and good at your task. The public names, each imported when first used.
 
 run(recipe)          the whole story: a recipe, a path to one, or a mapping → the report
-load(path)           a checkpoint → Model with .network, .tokenizer, .task; load(id, labels=[…]) starts from a pretrained one
+load(path)           a checkpoint → Model with .network, .tokenizer, .task; load(id, labels=[…]): a pretrained one
 save(model, path)    a checkpoint that stands alone
 Recipe               the recipe's type
 prune, narrow, shorten, quantize, finetune, evaluate, export     each on a Model in memory, without a recipe

@@ -75,7 +75,7 @@ def test_a_product_is_the_integer_product_times_both_scales():
 
 @pytest.mark.parametrize("shape", [(1, 1, 7), (3, 5, 7)])
 def test_random_products_are_near_those_in_float(shape):
-    """On every processor: without VNNI the runtime adds two products in 16 bits, which codes up to 127 would overflow."""
+    """On every processor: without VNNI the runtime adds two products in 16 bits, which codes of 127 overflow."""
     generator = np.random.default_rng(0)
     weight = generator.standard_normal((7, 11), dtype=np.float32)
     nodes = [

@@ -88,9 +88,9 @@ def finetune(
                         teacher_weight · T² KL + (1 - teacher_weight) · labels' loss.
     workspace           where to keep checkpoints; a training interrupted there resumes from its last one and ends in
                         the same bits. None: nothing is kept.
-    raises              DataError where there are no rows; ModelError where the model is quantized, the teacher has other labels or another
-                        vocabulary, or the loss is no longer finite; Interrupted after Ctrl-C, once a checkpoint is
-                        written.
+    raises              DataError where there are no rows; ModelError where the model is quantized, the teacher has
+                        other labels or another vocabulary, or the loss is no longer finite; Interrupted after
+                        Ctrl-C, once a checkpoint is written.
     """
     if model.quantization:
         raise ModelError("finetune: the model is quantized already; fine-tune it before, then quantize.")
