@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,11 +137,15 @@ class Measuring:
     def _speed(self, artifacts: Mapping[str, Artifact]) -> tuple[dict[str, Speed], dict[str, int | None]]:
         tokenizer = next(iter(artifacts.values())).model.tokenizer
         padding = padding_of(tokenizer)
-        batches = speed_batches(self._pool(), self.spec.batch_sizes, padding, seed=self.seed)
+        batches = speed_batches(
+            self._pool(), self.spec.batch_sizes, padding, seed=self.seed, rows_per_size=self.spec.speed_rows
+        )
         runtimes = {name: artifact.runtime for name, artifact in artifacts.items()}
         speeds = measure_speed(runtimes, batches, progress=self.progress, budget_seconds=self.spec.speed_seconds)
         largest = max(batches[max(batches)], key=lambda batch: batch["input_ids"].size)
-        return speeds, {name: self._peak(artifact.path, largest) for name, artifact in artifacts.items()}
+        with ThreadPoolExecutor() as pool:  # memory, not time, is measured: they may run side by side
+            peaks = pool.map(lambda artifact: self._peak(artifact.path, largest), artifacts.values())
+            return speeds, dict(zip(artifacts, peaks, strict=True))
 
     def _pool(self) -> list[dict[str, list[int]]]:
         order = np.random.default_rng(self.seed).permutation(len(self.rows))[:_SPEED_POOL]

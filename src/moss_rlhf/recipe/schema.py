@@ -265,6 +265,9 @@ class EvaluateSpec(Spec):
     confidence: float = Field(0.95, gt=0.5, lt=1)
     resamples: int = Field(2000, ge=200, description="of the bootstrap")
     speed_seconds: float = Field(60.0, gt=0, description="how long to measure speed, at least three rounds each")
+    speed_rows: Positive = Field(
+        256, description="texts that speed is measured on, a batch size; at least four batches"
+    )
 
 
 class Recipe(Spec):
