@@ -66,7 +66,7 @@ def describe_int8(flags: frozenset[str]) -> str:
         return f"Fast: the processor has {', '.join(name for name in INT8_FLAGS if name in flags)}."
     return (
         "Not accelerated: the processor has no VNNI, AMX or dot-product instructions, so int8 makes the files smaller "
-        "but may be no faster than float32 in the same runtime."
+        "and gains less speed over float32 in the same runtime than elsewhere."
     )
 
 

@@ -56,4 +56,4 @@ def _relative(difference: Tensor, weight: Any) -> float:
 def _verdict(fast: bool) -> str:
     if fast:
         return "yes: this processor multiplies int8 in hardware"
-    return "hardly: this processor has no int8 instructions (VNNI, AMX, dot product); the file is smaller all the same"
+    return "somewhat: without VNNI, AMX or dot-product instructions int8 gains little; the report measures how much"

@@ -119,7 +119,7 @@ def reasons(report: Report) -> list[str]:
     found = [_what_was_measured(report), _which_rows(report), _how_sure(report), _share_of_precision(report)]
     int8 = report["machine"].get("int8")
     return [
-        sentence for sentence in (*found, f"Integer arithmetic on this machine: {int8}." if int8 else "") if sentence
+        sentence for sentence in (*found, f"Integer arithmetic on this machine: {int8}" if int8 else "") if sentence
     ]
 
 
