@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moss_rlhf.evaluation.statistics import bootstrap, paired_difference
-from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.cost import macs_per_token
 from moss_rlhf.model.runtime import Runtime, TorchRuntime
 from moss_rlhf.tasks import TASKS, Task
-from moss_rlhf.tasks.loading import encoded
 from moss_rlhf.tasks.metrics import confusion
+
+if TYPE_CHECKING:
+    from moss_rlhf.model.checkpoint import Model
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def evaluate(
 
     rows     encoded rows, or rows with the task's columns.
     """
+    from moss_rlhf.tasks.loading import encoded
+
     task = TASKS[model.task]
     ready = encoded(model, rows)
     answers = answer(task, TorchRuntime(model.network), ready, model.tokenizer)
