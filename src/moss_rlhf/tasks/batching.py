@@ -35,7 +35,10 @@ def padding_of(tokenizer: Any) -> dict[str, int]:
 
 
 def batches_of(rows: Sequence[Row], size: int, padding: Mapping[str, int]) -> list[dict[str, NDArray[np.int64]]]:
-    """Rows, in the order given, as padded batches of `size`; the last holds what remains. ValueError on a size below 1."""
+    """Rows, in the order given, as padded batches of `size`; the last holds what remains.
+
+    raises   ValueError on a size below 1.
+    """
     if size < 1:
         raise ValueError(f"batch_size must be at least 1, got {size}")
     return [pad(rows[start : start + size], padding) for start in range(0, len(rows), size)]
