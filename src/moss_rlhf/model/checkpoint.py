@@ -241,12 +241,19 @@ def _assert_zeros(pruned: dict[str, nn.Parameter], place: Path) -> None:
             )
 
 
+def _refuse_foreign(place: Path) -> None:
+    """An earlier checkpoint is replaced; whatever else stands at the place is the user's and stays."""
+    if place.exists() and not (place.is_dir() and (not any(place.iterdir()) or (place / "config.json").is_file())):
+        raise ModelError(f"{place}: holds files that are no checkpoint; nothing is overwritten. Give a new directory.")
+
+
 def save_checkpoint(model: Model, place: str | Path) -> None:
     """Write a checkpoint that stands alone, whole or not at all.
 
-    raises   ModelError where a pruned tensor has lost its zeros.
+    raises   ModelError where a pruned tensor has lost its zeros, or `place` holds anything but a checkpoint.
     """
-    place = Path(place)
+    place = Path(place).resolve()
+    _refuse_foreign(place)
     names = {id(parameter): name for name, parameter in model.network.named_parameters()}
     pruned = {names[id(parameter)]: parameter for parameter in model.pruned}
     _assert_zeros(pruned, place)
