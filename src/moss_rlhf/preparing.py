@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from moss_rlhf.model.checkpoint import (
 )
 from moss_rlhf.model.config import position_limit, read_config, trained_labels
 from moss_rlhf.model.locate import locate, weight_files
-from moss_rlhf.model.runtime import Batch
+from moss_rlhf.model.runtime import Batch, usable_cores
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import FinetuneSpec, Recipe, recipe_values, stage_kind, stage_spec, stages_before_compression
 from moss_rlhf.rundir import RunDirectory, StageFolder
@@ -88,6 +89,9 @@ class Session:
             "Nothing is exported to a runtime: 'after' is the checkpoint in PyTorch.": not self.recipe.export,
             "The model that entered compression had no trained head, so there is no 'before' to compare with.": (
                 not self.head_is_trained
+            ),
+            "The machine was busy with other work: speeds and their ratios may be off; measure again on a quiet one.": (
+                os.getloadavg()[0] > usable_cores() + 1
             ),
         }
         return [sentence for sentence, holds in found.items() if holds]
