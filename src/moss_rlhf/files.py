@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moss_rlhf.errors import MachineError
+
 
 @contextmanager
 def new_directory(place: Path) -> Iterator[Path]:
@@ -27,6 +29,22 @@ def new_directory(place: Path) -> Iterator[Path]:
         partial.rename(place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+_REPLACEABLE = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".onnx"})
+
+
+def refuse_foreign_files(place: Path) -> None:
+    """MachineError unless `place` is free, empty, or an earlier checkpoint or export, which may be replaced."""
+    if place.is_dir():
+        children = list(place.iterdir())
+        ours = (place / "config.json").is_file() and all(
+            child.is_file() and child.suffix in _REPLACEABLE for child in children
+        )
+        if ours or not children:
+            return
+    if place.exists():
+        raise MachineError(f"{place}: holds files of yours; nothing is overwritten. Give a new directory.")
 
 
 @contextmanager

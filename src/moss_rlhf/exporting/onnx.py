@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from moss_rlhf.errors import MossError
 from moss_rlhf.exporting.int8 import quantize_graph
-from moss_rlhf.files import new_directory
+from moss_rlhf.files import new_directory, refuse_foreign_files
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.config import KEY
 from moss_rlhf.model.grid import quantized_weights
@@ -62,8 +62,10 @@ _SENTENCES = ("What a film!", "The room was cold, and nobody came when we called
 
 def export(model: Model, place: str | Path, texts: Sequence[str] = _SENTENCES) -> dict[str, object]:
     """Write a model in memory to `place`/model.onnx; `texts` are what it is held against PyTorch with."""
+    place = Path(place).resolve()
+    refuse_foreign_files(place)
     tokens = [model.tokenizer(text, truncation=True, max_length=model.max_length) for text in texts]
-    return export_onnx(model, Path(place), batches_of(tokens, len(tokens), padding_of(model.tokenizer)))
+    return export_onnx(model, place, batches_of(tokens, len(tokens), padding_of(model.tokenizer)))
 
 
 def _keep(file: Path, place: Path | None) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from moss_rlhf.errors import ModelError
-from moss_rlhf.files import new_directory, write_json
+from moss_rlhf.files import new_directory, refuse_foreign_files, write_json
 from moss_rlhf.model.anatomy import Anatomy, BlockShape, anatomy_of
 from moss_rlhf.model.config import KEY, block_shapes, position_limit, read_config, trained_labels
 from moss_rlhf.model.cost import Dimensions
@@ -241,19 +241,13 @@ def _assert_zeros(pruned: dict[str, nn.Parameter], place: Path) -> None:
             )
 
 
-def _refuse_foreign(place: Path) -> None:
-    """An earlier checkpoint is replaced; whatever else stands at the place is the user's and stays."""
-    if place.exists() and not (place.is_dir() and (not any(place.iterdir()) or (place / "config.json").is_file())):
-        raise ModelError(f"{place}: holds files that are no checkpoint; nothing is overwritten. Give a new directory.")
-
-
 def save_checkpoint(model: Model, place: str | Path) -> None:
     """Write a checkpoint that stands alone, whole or not at all.
 
-    raises   ModelError where a pruned tensor has lost its zeros, or `place` holds anything but a checkpoint.
+    raises   ModelError where a pruned tensor has lost its zeros; MachineError where `place` holds other files.
     """
     place = Path(place).resolve()
-    _refuse_foreign(place)
+    refuse_foreign_files(place)
     names = {id(parameter): name for name, parameter in model.network.named_parameters()}
     pruned = {names[id(parameter)]: parameter for parameter in model.pruned}
     _assert_zeros(pruned, place)
