@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -31,7 +32,10 @@ def new_directory(place: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-_REPLACEABLE = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".onnx"})
+_REPLACEABLE = re.compile(  # what save_pretrained and our export write
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
+    r"|model.*\.(safetensors|safetensors\.index\.json|onnx)|vocab\.txt|merges\.txt|.*\.model|chat_template\.jinja"
+)
 
 
 def refuse_foreign_files(place: Path) -> None:
@@ -39,7 +43,7 @@ def refuse_foreign_files(place: Path) -> None:
     if place.is_dir():
         children = list(place.iterdir())
         ours = (place / "config.json").is_file() and all(
-            child.is_file() and child.suffix in _REPLACEABLE for child in children
+            child.is_file() and _REPLACEABLE.fullmatch(child.name) for child in children
         )
         if ours or not children:
             return
