@@ -22,7 +22,9 @@ from moss_rlhf.model.config import (
     block_shapes,
     head_size,
     hidden_size,
+    is_gated,
     position_limit,
+    queries_per_key,
     read_config,
     trained_labels,
 )
@@ -83,23 +85,19 @@ class Check:
 class _State:
     """The network as a stage finds it."""
 
-    shapes: tuple[BlockShape, ...]
-    hidden: int
-    head_size: int
+    dimensions: Dimensions
     parameters: int
-    head_parameters: int
-    projection_parameters: int
 
     @property
-    def dimensions(self) -> Dimensions:
-        return Dimensions(self.hidden, self.head_size, self.shapes, self.head_parameters, self.projection_parameters)
+    def shapes(self) -> tuple[BlockShape, ...]:
+        return self.dimensions.blocks
 
     def with_shapes(self, shapes: Sequence[BlockShape]) -> _State:
         def count(blocks: Sequence[BlockShape]) -> int:
-            return sum(all_block_parameters(shape, self.hidden, self.head_size) for shape in blocks)
+            return sum(all_block_parameters(shape, self.dimensions) for shape in blocks)
 
         parameters = self.parameters - count(self.shapes) + count(shapes)
-        return dataclasses.replace(self, shapes=tuple(shapes), parameters=parameters)
+        return _State(dataclasses.replace(self.dimensions, blocks=tuple(shapes)), parameters)
 
 
 def check(recipe: Recipe, progress: Progress | None = None) -> Check:
@@ -232,7 +230,10 @@ def _initial_state(place: Path, config: dict[str, Any], labels: int) -> _State:
     head = hidden * hidden + hidden * labels
     parameters = sum(body.values()) + head + hidden + labels
     projection = sum(size for name, size in body.items() if name.endswith("embeddings_project.weight"))  # ELECTRA's
-    return _State(block_shapes(config), hidden, head_size(config), parameters, head, projection)
+    dimensions = Dimensions(
+        hidden, head_size(config), block_shapes(config), head, projection, is_gated(config), queries_per_key(config)
+    )
+    return _State(dimensions, parameters)
 
 
 def _tensors(place: Path) -> dict[str, tuple[int, ...]]:
@@ -241,7 +242,7 @@ def _tensors(place: Path) -> dict[str, tuple[int, ...]]:
 
 def _is_body(tensor: str, model_type: str) -> bool:
     """Whether a tensor is of the embeddings or a block; files also hold pretraining heads, and old ones buffers."""
-    in_body = "embeddings" in tensor or f"{family_of(model_type).blocks}." in tensor
+    in_body = "embeddings" in tensor or any(f"{stack.blocks}." in tensor for stack in family_of(model_type).stacks)
     return in_body and not tensor.endswith("position_ids")
 
 
@@ -282,7 +283,9 @@ def _work(spec: object, state: _State, rows: dict[str, int], length: float, long
         evaluations = spec.epochs * spec.evaluations_per_epoch * rows["validation"] * forward
         training = training_flops(state.dimensions, length, tokens) + evaluations
         batch = spec.batch_size * longest
-        return training, _LIBRARY_BYTES + training_bytes(state.parameters, state.hidden, len(state.shapes), batch)
+        return training, _LIBRARY_BYTES + training_bytes(
+            state.parameters, state.dimensions.hidden, len(state.shapes), batch
+        )
     if isinstance(spec, NarrowSpec):
         return _TRAINING_COST * min(spec.rows, rows["train"]) * forward, memory
     if isinstance(spec, ShortenSpec):

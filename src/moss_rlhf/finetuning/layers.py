@@ -41,10 +41,7 @@ class LayerGroup:
 def layer_groups(network: Any) -> list[LayerGroup]:
     """The groups of a network, embeddings first, head last; every parameter is in exactly one."""
     anatomy = anatomy_of(network)
-    blocks = [
-        LayerGroup(f"block.{index}", tuple(block.module.named_parameters()))
-        for index, block in enumerate(anatomy.blocks)
-    ]
+    blocks = [LayerGroup(block.name, tuple(block.module.named_parameters())) for block in anatomy.blocks]
     return [LayerGroup("embeddings", anatomy.embeddings), *blocks, LayerGroup("head", anatomy.head)]
 
 

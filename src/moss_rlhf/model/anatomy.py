@@ -1,72 +1,255 @@
 """The only place that knows architectures: where a family keeps its blocks, projections and head.
 
-A new family is one row of FAMILIES. Names are dotted paths: `blocks` from the base model (the network without its
-head), the rest from one block.
+A new family is one row of FAMILIES. Names are dotted paths: a stack's `blocks` from the base model (the network without
+its head), the rest from one block. Two things differ so much between families that they are named here once:
+
+- one module may hold several projections: GPT-2's `c_attn` holds queries, keys and values one after the other, GPT-NeoX's
+  `query_key_value` head by head, ModernBERT's `Wi` the two halves of a gated feed-forward;
+- GPT-2's Conv1D stores (in, out). `Matrix.weight` is (out, in) for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from moss_rlhf.errors import ModelError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+# --- the rows ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Where one attention keeps its parts, relative to the block."""
+
+    module: str
+    producers: tuple[str, ...]  # of queries, keys and values, relative to the attention module; or one, fused
+    output: str  # relative to the block
+    fused: Literal["one after the other", "head by head"] | None = None
+    counts: tuple[str, ...] = ()  # attributes of the module that hold its number of heads …
+    widths: tuple[str, ...] = ()  # … and heads · head size
+    optional: tuple[str, ...] = ()  # further producers of one row a query feature, where the module has them
+    position_bias: str | None = None  # an embedding with one column a head, where the module has it
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Where the feed-forward is, relative to the block."""
+
+    ups: tuple[str, ...]  # up and, in a gated one, gate: each one row a neuron
+    down: str
+    fused: bool = False  # `ups` is one module that holds gate and up one after the other
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of blocks: its parts, and the keys of config.json that give its sizes."""
+
+    blocks: str
+    attention: Projections
+    feed_forward: tuple[Widths, ...]  # the first whose modules are there
+    cross_attention: Projections | None = None
+    name: Literal["encoder", "decoder"] = "encoder"
+    layers: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+    feed_forward_size: str = "intermediate_size"
+    key_value_heads: str | None = None
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row: where the parts are, and what the stock config calls the sizes."""
+    """One row: a model type's stacks and what is peculiar to it.
 
-    blocks: str
-    attention: str  # the module that counts its heads
-    query: str
-    key: str
-    value: str
-    attention_output: str
-    up: str
-    down: str
-    head_count: str = "num_attention_heads"  # attribute of the attention module
-    heads: str = "num_attention_heads"  # keys of config.json …
+    head_size   the config key that frees the size of a head from hidden size / heads; None: the stock config can't say
+                fewer heads.
+    above       parts of the base model that stand above the blocks.
+    shared      one block is applied again and again.
+    same_heads  every block of a stack must keep the same heads: they share one table of position biases.
+    first_stays the first block differs from the rest and can't be dropped.
+    """
+
+    stacks: tuple[Stack, ...]
     hidden: str = "hidden_size"
-    layers: str = "num_hidden_layers"
-    feed_forward: str = "intermediate_size"
+    head_size: str | None = None
+    heads_divide_hidden: bool = False  # … which the config's own check demands
+    above: tuple[str, ...] = ("pooler",)
+    shared: bool = False
+    same_heads: bool = False
+    first_stays: bool = False
+    scales_embeddings: bool = False  # by the root of the hidden size that config.json gives
+
+    @property
+    def kind(self) -> Literal["encoder", "decoder", "encoder-decoder"]:
+        return "encoder-decoder" if len(self.stacks) > 1 else self.stacks[0].name
 
 
-_BERT = Family(
-    blocks="encoder.layer",
-    attention="attention.self",
-    query="attention.self.query",
-    key="attention.self.key",
-    value="attention.self.value",
-    attention_output="attention.output.dense",
-    up="intermediate.dense",
-    down="output.dense",
+def _encoder(stack: Stack, **peculiar: Any) -> Family:
+    return Family((stack,), **peculiar)
+
+
+_BERT = Stack(
+    "encoder.layer",
+    Projections(
+        "attention.self",
+        ("query", "key", "value"),
+        "attention.output.dense",
+        counts=("num_attention_heads",),
+        widths=("all_head_size",),
+    ),
+    (Widths(("intermediate.dense",), "output.dense"),),
 )
-_DISTILBERT = Family(
-    blocks="transformer.layer",
-    attention="attention",
-    query="attention.q_lin",
-    key="attention.k_lin",
-    value="attention.v_lin",
-    attention_output="attention.out_lin",
-    up="ffn.lin1",
-    down="ffn.lin2",
-    head_count="n_heads",
-    heads="n_heads",
-    hidden="dim",
+_DEBERTA = Stack(
+    "encoder.layer",
+    Projections(
+        "attention.self",
+        ("query_proj", "key_proj", "value_proj"),
+        "attention.output.dense",
+        counts=("num_attention_heads",),
+        widths=("all_head_size",),
+        optional=("pos_key_proj", "pos_query_proj"),
+    ),
+    (Widths(("intermediate.dense",), "output.dense"),),
+)
+_DISTILBERT = Stack(
+    "transformer.layer",
+    Projections("attention", ("q_lin", "k_lin", "v_lin"), "attention.out_lin", counts=("n_heads",)),
+    (Widths(("ffn.lin1",), "ffn.lin2"),),
     layers="n_layers",
-    feed_forward="hidden_dim",
+    heads="n_heads",
+    feed_forward_size="hidden_dim",
 )
+_MODERNBERT = Stack(
+    "layers",
+    Projections("attn", ("Wqkv",), "attn.Wo", fused="one after the other"),
+    (Widths(("mlp.Wi",), "mlp.Wo", fused=True),),
+)
+_ALBERT = Stack(
+    "encoder.albert_layer_groups",
+    Projections(
+        "attention",
+        ("query", "key", "value"),
+        "attention.dense",
+        counts=("num_attention_heads",),
+        widths=("all_head_size",),
+    ),
+    (Widths(("ffn",), "ffn_output"),),
+)
+_GPT2 = Stack(
+    "h",
+    Projections(
+        "attn",
+        ("c_attn",),
+        "attn.c_proj",
+        fused="one after the other",
+        counts=("num_heads",),
+        widths=("split_size", "embed_dim"),
+    ),
+    (Widths(("mlp.c_fc",), "mlp.c_proj"),),
+    name="decoder",
+    layers="n_layer",
+    heads="n_head",
+    feed_forward_size="n_inner",
+)
+_GPT_NEOX = Stack(
+    "layers",
+    Projections("attention", ("query_key_value",), "attention.dense", fused="head by head"),
+    (Widths(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
+    name="decoder",
+)
+_BART_ATTENTION = Projections(
+    "self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.out_proj", counts=("num_heads",), widths=("embed_dim",)
+)
+_OPT = Stack("decoder.layers", _BART_ATTENTION, (Widths(("fc1",), "fc2"),), name="decoder", feed_forward_size="ffn_dim")
+_LLAMA = Stack(
+    "layers",
+    Projections("self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.o_proj"),
+    (Widths(("mlp.up_proj", "mlp.gate_proj"), "mlp.down_proj"),),
+    name="decoder",
+    key_value_heads="num_key_value_heads",
+)
+
+
+def _bart(name: Literal["encoder", "decoder"]) -> Stack:
+    crossing = Projections(
+        "encoder_attn",
+        ("q_proj", "k_proj", "v_proj"),
+        "encoder_attn.out_proj",
+        counts=("num_heads",),
+        widths=("embed_dim",),
+    )
+    return Stack(
+        f"{name}.layers",
+        _BART_ATTENTION,
+        (Widths(("fc1",), "fc2"),),
+        crossing if name == "decoder" else None,
+        name,
+        layers=f"{name}_layers",
+        heads=f"{name}_attention_heads",
+        feed_forward_size=f"{name}_ffn_dim",
+    )
+
+
+def _t5_attention(module: str) -> Projections:
+    return Projections(
+        module,
+        ("q", "k", "v"),
+        f"{module}.o",
+        counts=("n_heads",),
+        widths=("inner_dim",),
+        position_bias="relative_attention_bias",
+    )
+
+
+def _t5(name: Literal["encoder", "decoder"]) -> Stack:
+    last = 2 if name == "decoder" else 1
+    ups = f"layer.{last}.DenseReluDense"
+    return Stack(
+        f"{name}.block",
+        _t5_attention("layer.0.SelfAttention"),
+        (Widths((f"{ups}.wi_1", f"{ups}.wi_0"), f"{ups}.wo"), Widths((f"{ups}.wi",), f"{ups}.wo")),
+        _t5_attention("layer.1.EncDecAttention") if name == "decoder" else None,
+        name,
+        layers="num_decoder_layers" if name == "decoder" else "num_layers",
+        heads="num_heads",
+        feed_forward_size="d_ff",
+    )
+
+
+_T5_FAMILY = Family(
+    (_t5("encoder"), _t5("decoder")),
+    hidden="d_model",
+    head_size="d_kv",
+    above=("decoder.final_layer_norm",),
+    same_heads=True,
+    scales_embeddings=True,  # of the head, where it is tied to them
+)
+_BART_FAMILY = Family((_bart("encoder"), _bart("decoder")), hidden="d_model", above=(), scales_embeddings=True)
 
 FAMILIES: Mapping[str, Family] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "electra": _BERT,
-    "distilbert": _DISTILBERT,
+    "bert": _encoder(_BERT),
+    "roberta": _encoder(_BERT),
+    "xlm-roberta": _encoder(_BERT),
+    "electra": _encoder(_BERT),
+    "distilbert": _encoder(_DISTILBERT, hidden="dim"),
+    "deberta-v2": _encoder(_DEBERTA),
+    "modernbert": _encoder(_MODERNBERT, above=("final_norm",), first_stays=True),
+    "albert": _encoder(_ALBERT, shared=True),
+    "gpt2": _encoder(_GPT2, hidden="n_embd", above=("ln_f",)),
+    "gpt_neox": _encoder(_GPT_NEOX, above=("final_layer_norm",)),
+    "opt": _encoder(_OPT, above=("decoder.final_layer_norm", "decoder.project_out")),
+    "llama": _encoder(_LLAMA, head_size="head_dim", heads_divide_hidden=True, above=("norm",)),
+    "mistral": _encoder(_LLAMA, head_size="head_dim", above=("norm",)),
+    "qwen2": _encoder(_LLAMA, head_size="head_dim", above=("norm",)),
+    "qwen3": _encoder(_LLAMA, head_size="head_dim", above=("norm",)),
+    "gemma": _encoder(_LLAMA, head_size="head_dim", above=("norm",), scales_embeddings=True),
+    "t5": _T5_FAMILY,
+    "mt5": _T5_FAMILY,
+    "bart": _BART_FAMILY,
+    "marian": _BART_FAMILY,
 }
 
 
@@ -78,80 +261,262 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+# --- one network ---------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class BlockShape:
-    """What can differ from block to block."""
+    """What can differ from block to block. `cross_heads` is 0 where there is no cross-attention."""
 
     heads: int
     feed_forward: int
+    cross_heads: int = 0
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One linear map of a block, (out, in), whatever module holds it."""
+
+    name: str  # of its weight in the network: "bert.encoder.layer.0.intermediate.dense.weight"
+    module: nn.Module = field(repr=False)
+
+    @property
+    def transposed(self) -> bool:
+        """GPT-2's Conv1D stores (in, out)."""
+        return type(self.module).__name__ == "Conv1D"
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.weight  # type: ignore[return-value]  # not of a bare Module, but of every one that is here
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in): a view, so what is written to it in place changes the parameter."""
+        weight = self.parameter.data
+        return weight.T if self.transposed else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.module.bias is None else self.module.bias.data  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.shape[1])
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Put another (out, in) weight in its place, of any size; the parameter keeps its identity."""
+        self.parameter.data = weight.T.contiguous() if self.transposed else weight.contiguous()
+        for name, size in (
+            ("out_features", weight.shape[0]),
+            ("in_features", weight.shape[1]),
+            ("nf", weight.shape[0]),
+        ):
+            if name in vars(self.module):
+                setattr(self.module, name, size)
+        if "nx" in vars(self.module):
+            self.module.nx = weight.shape[1]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of a block: what produces its queries, keys and values, and its output projection.
+
+    A *unit* is what can be removed: a key-value head with the queries that read it, or one query head where a single
+    key-value head serves all.
+    """
+
+    module: nn.Module = field(repr=False)
+    row: Projections
+    producers: tuple[Matrix, ...]
+    output: Matrix
+    head_size: int
+
+    @property
+    def heads(self) -> int:
+        return self.output.in_features // self.head_size
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.heads if self.row.fused else self.producers[1].out_features // self.head_size
+
+    @property
+    def units(self) -> int:
+        return self.heads if self.key_value_heads == 1 else self.key_value_heads
+
+    @property
+    def heads_per_unit(self) -> int:
+        return self.heads // self.units
+
+    @property
+    def unit_features(self) -> int:
+        """Input features of the output projection that one unit owns."""
+        return self.heads_per_unit * self.head_size
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return *self.producers, self.output
+
+    @property
+    def position_bias(self) -> nn.Module | None:
+        children = dict(self.module.named_children())
+        return children.get(self.row.position_bias) if self.row.position_bias else None
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The feed-forward of a block: up (and gate), then down."""
+
+    row: Widths
+    ups: tuple[Matrix, ...]
+    down: Matrix
+
+    @property
+    def width(self) -> int:
+        return self.down.in_features
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return *self.ups, self.down
 
 
 @dataclass(frozen=True)
 class Block:
     """One transformer block and its parts, live modules of the network."""
 
-    module: nn.Module
-    attention: nn.Module
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    attention_output: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
-    head_size: int
-    head_count: str
+    index: int  # in its stack
+    stack: Literal["encoder", "decoder"]
+    name: str  # "block.3"; "encoder.3", "decoder.3" where there are two stacks
+    module: nn.Module = field(repr=False)
+    attention: Attention
+    cross_attention: Attention | None
+    feed_forward: FeedForward
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        return (self.attention,) if self.cross_attention is None else (self.attention, self.cross_attention)
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return tuple(matrix for part in (*self.attentions, self.feed_forward) for matrix in part.matrices)
 
     @property
     def shape(self) -> BlockShape:
-        return BlockShape(self.query.out_features // self.head_size, self.up.out_features)
-
-    @property
-    def linears(self) -> tuple[nn.Linear, ...]:
-        return self.query, self.key, self.value, self.attention_output, self.up, self.down
+        crossing = self.cross_attention.heads if self.cross_attention else 0
+        return BlockShape(self.attention.heads, self.feed_forward.width, crossing)
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What our methods need to know of one network."""
+    """What our methods need to know of one network.
+
+    blocks       the encoder's, then the decoder's.
+    embeddings   named parameters below the blocks; head: those above them.
+    repeats      how often the blocks are gone through: ALBERT's one block serves as many layers.
+    """
 
     family: Family
     blocks: tuple[Block, ...]
-    embeddings: tuple[tuple[str, nn.Parameter], ...]  # named parameters below the blocks
-    head: tuple[tuple[str, nn.Parameter], ...]  # named parameters above the blocks: pooler and classifier
+    embeddings: tuple[tuple[str, nn.Parameter], ...]
+    head: tuple[tuple[str, nn.Parameter], ...]
+    hidden_size: int
+    repeats: int = 1
 
     @property
     def shapes(self) -> tuple[BlockShape, ...]:
         return tuple(block.shape for block in self.blocks)
 
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return tuple(matrix for block in self.blocks for matrix in block.matrices)
+
+    def stack(self, name: str) -> tuple[Block, ...]:
+        return tuple(block for block in self.blocks if block.stack == name)
+
 
 def anatomy_of(network: Any) -> Anatomy:
-    """Find the parts of a Hugging Face network; ModelError if its family is unknown."""
-    family = family_of(network.config.model_type)
-    base, prefix = network.base_model, f"{network.base_model_prefix}."
-    stack = base.get_submodule(family.blocks)
-    head_size = getattr(network.config, family.hidden) // getattr(network.config, family.heads)
-    in_blocks = {id(parameter) for parameter in stack.parameters()}
+    """Find the parts of a Hugging Face network; ModelError if its family is unknown, or a part is not where it should be.
+
+    A narrowed network tells its shapes itself; its config may still say the stock ones.
+    """
+    config = network.config
+    family = family_of(config.model_type)
+    names = {id(module): name for name, module in network.named_modules()}
+    blocks = tuple(block for stack in family.stacks for block in _blocks(network, family, stack, names))
+    in_blocks = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     outside = [(name, parameter) for name, parameter in network.named_parameters() if id(parameter) not in in_blocks]
-    is_head = [not name.startswith(prefix) or name.startswith(f"{prefix}pooler.") for name, _ in outside]
+    above = _above(network, family, names)
+    repeats = getattr(config, family.stacks[0].layers) // config.num_hidden_groups if family.shared else 1
     return Anatomy(
         family=family,
-        blocks=tuple(_block(module, family, head_size) for module in stack),
-        embeddings=tuple(part for part, above in zip(outside, is_head, strict=True) if not above),
-        head=tuple(part for part, above in zip(outside, is_head, strict=True) if above),
+        blocks=blocks,
+        embeddings=tuple(part for part in outside if not part[0].startswith(above)),
+        head=tuple(part for part in outside if part[0].startswith(above)),
+        hidden_size=blocks[0].feed_forward.down.out_features,
+        repeats=repeats,
     )
 
 
-def _block(module: nn.Module, family: Family, head_size: int) -> Block:
-    part: Any = module.get_submodule
-    return Block(
-        module=module,
-        attention=part(family.attention),
-        query=part(family.query),
-        key=part(family.key),
-        value=part(family.value),
-        attention_output=part(family.attention_output),
-        up=part(family.up),
-        down=part(family.down),
-        head_size=head_size,
-        head_count=family.head_count,
-    )
+def _above(network: Any, family: Family, names: Mapping[int, str]) -> tuple[str, ...]:
+    """Prefixes of the names of what stands above the blocks."""
+    base = network.base_model
+    inside = f"{names[id(base)]}." if base is not network else ""
+    heads = [f"{name}." for name, child in network.named_children() if child is not base] if inside else ["lm_head."]
+    return *heads, *(f"{inside}{part}." for part in family.above)
+
+
+def _blocks(network: Any, family: Family, stack: Stack, names: Mapping[int, str]) -> Iterator[Block]:
+    config, two = network.config, len(family.stacks) > 1
+    head_size = _head_size(config, family, stack)
+    for index, module in enumerate(block_modules(network, stack)):
+        try:
+            yield Block(
+                index=index,
+                stack=stack.name,
+                name=f"{stack.name if two else 'block'}.{index}",
+                module=module,
+                attention=_attention(module, stack.attention, head_size, names),
+                cross_attention=_attention(module, stack.cross_attention, head_size, names)
+                if stack.cross_attention
+                else None,
+                feed_forward=_feed_forward(module, stack.feed_forward, names),
+            )
+        except AttributeError as error:
+            raise ModelError(
+                f"{config.model_type}: block {index} of the {stack.name} has not the expected parts: {error}"
+            )
+
+
+def block_modules(network: Any, stack: Stack) -> list[nn.Module]:
+    """The modules of a stack's blocks, in order."""
+    found = list(network.base_model.get_submodule(stack.blocks))
+    if stack.blocks.endswith("albert_layer_groups"):
+        return [layer for group in found for layer in group.albert_layers]
+    return found
+
+
+def _head_size(config: Any, family: Family, stack: Stack) -> int:
+    declared = getattr(config, family.head_size, None) if family.head_size else None
+    return int(declared or getattr(config, family.hidden) // getattr(config, stack.heads))
+
+
+def _attention(block: nn.Module, row: Projections, head_size: int, names: Mapping[int, str]) -> Attention:
+    module = block.get_submodule(row.module)
+    children = dict(module.named_children())
+    paths = [*row.producers, *(name for name in row.optional if name in children)]
+    producers = tuple(_matrix(module.get_submodule(path), names) for path in paths)
+    return Attention(module, row, producers, _matrix(block.get_submodule(row.output), names), head_size)
+
+
+def _feed_forward(block: nn.Module, rows: Sequence[Widths], names: Mapping[int, str]) -> FeedForward:
+    modules = dict(block.named_modules())
+    row = next((row for row in rows if all(up in modules for up in row.ups)), rows[-1])
+    ups = tuple(_matrix(block.get_submodule(up), names) for up in row.ups)
+    return FeedForward(row, ups, _matrix(block.get_submodule(row.down), names))
+
+
+def _matrix(module: nn.Module, names: Mapping[int, str]) -> Matrix:
+    return Matrix(f"{names[id(module)]}.weight", module)

@@ -20,17 +20,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import nn
 
 from moss_rlhf.errors import ModelError
 from moss_rlhf.files import new_directory, refuse_foreign_files, write_json
-from moss_rlhf.model.anatomy import Anatomy, BlockShape, anatomy_of
-from moss_rlhf.model.config import KEY, block_shapes, position_limit, read_config, trained_labels
+from moss_rlhf.model.anatomy import Anatomy, Family, anatomy_of
+from moss_rlhf.model.config import (
+    KEY,
+    block_shapes,
+    is_gated,
+    position_limit,
+    queries_per_key,
+    read_config,
+    trained_labels,
+)
 from moss_rlhf.model.cost import Dimensions
 from moss_rlhf.model.locate import read_header, weight_files
 from moss_rlhf.model.surgery import reshape
 
+_UNFIT = "config.json and the weights don't belong together"
 REFUSAL = (
     "this checkpoint's layers have shapes that config.json of transformers can't express: use moss_rlhf.load(path)"
 )
@@ -74,50 +84,65 @@ class Model:
 
     @property
     def dimensions(self) -> Dimensions:
-        anatomy = self.anatomy
-        head = sum(parameter.numel() for _, parameter in anatomy.head if parameter.dim() == 2)
+        anatomy, config = self.anatomy, self.network.config.to_dict()
+        vocabulary = self.network.get_output_embeddings()
+        head = {id(part): part.numel() for _, part in anatomy.head if part.dim() == 2}
         linears = {id(module.weight) for module in self.network.modules() if isinstance(module, nn.Linear)}
-        projection = sum(parameter.numel() for _, parameter in anatomy.embeddings if id(parameter) in linears)
-        hidden = getattr(self.network.config, anatomy.family.hidden)
-        return Dimensions(hidden, anatomy.blocks[0].head_size, anatomy.shapes, head, projection)
+        below = {id(part): part.numel() for _, part in anatomy.embeddings if id(part) in linears}
+        every_token = below | ({id(vocabulary.weight): vocabulary.weight.numel()} if vocabulary is not None else {})
+        return Dimensions(
+            anatomy.hidden_size,
+            anatomy.blocks[0].attention.head_size,
+            anatomy.shapes,
+            sum(size for part, size in head.items() if part not in every_token),
+            sum(every_token.values()),
+            is_gated(config),
+            queries_per_key(config),
+            anatomy.repeats,
+        )
 
 
 def load_pretrained(
-    place: Path, task: str, auto_class: Any, labels: Sequence[str], trust_remote_code: bool = False
+    place: Path, task: str, auto_class: Any, labels: Sequence[str] | None, trust_remote_code: bool = False
 ) -> Model:
     """Load a checkpoint for a task; a head that was not trained for these labels is drawn anew, by torch's generator.
 
     place    a local directory (see `locate`).
-    labels   names in class-id order.
+    labels   names in class-id order; None for a task without classes, whose head must stand in the file.
     raises   ModelError where files are broken, or tensors below the head are missing, too many or of other shapes.
     """
     config = read_config(place)
     if KEY in config or "transformers_weights" in config:
         model = load_checkpoint(place, auto_class)
-        if model.labels != tuple(labels):
+        if labels is not None and model.labels != tuple(labels):
             raise ModelError(
                 f"{place}: was trained for the labels {', '.join(model.labels)}; the data has {', '.join(labels)}. "
                 "Give data with the same labels."
             )
         return model
-    same_head = trained_labels(config) == tuple(labels)
+    same_head = labels is None or trained_labels(config) == tuple(labels)
     network, info = _from_pretrained(auto_class, place, labels, trust_remote_code)
     _refuse_garbage(network, info, same_head, place)
     if not same_head:
         _draw_head(network)
-    return Model(network, _fitting_tokenizer(network, place, trust_remote_code), task)
+    tokenizer = _fitting_tokenizer(network, place, trust_remote_code)
+    if network.config.pad_token_id is None:
+        network.config.pad_token_id = tokenizer.pad_token_id
+    return Model(network, tokenizer, task)
 
 
-def _from_pretrained(auto_class: Any, place: Path, labels: Sequence[str], trust_remote_code: bool) -> tuple[Any, Any]:
+def _from_pretrained(
+    auto_class: Any, place: Path, labels: Sequence[str] | None, trust_remote_code: bool
+) -> tuple[Any, Any]:
     """The network, and what transformers found missing, unexpected and mismatched."""
     for file in weight_files(place):
         read_header(file)  # says which file is broken
-    names = dict(enumerate(labels))
+    names = dict(enumerate(labels or ()))
+    classes = {"id2label": names, "label2id": {name: index for index, name in names.items()}} if names else {}
     try:
         network, info = auto_class.from_pretrained(
             place,
-            id2label=names,
-            label2id={name: index for index, name in names.items()},
+            **classes,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # of the head, which is drawn anew then; `_refuse_garbage` sees to the rest
             use_safetensors=True,
@@ -137,7 +162,9 @@ def _refuse_garbage(network: Any, info: Any, same_head: bool, place: Path) -> No
         "is missing": set(info["missing_keys"]) - drawn,
         "has another shape than config.json says": {name for name, *_ in info["mismatched_keys"]} - drawn,
         "is of no layer that config.json knows": {
-            name for name in info["unexpected_keys"] if f"{anatomy.family.blocks}." in name
+            name
+            for name in info["unexpected_keys"]
+            if any(f"{stack.blocks}." in name for stack in anatomy.family.stacks)
         },
     }
     for fault, names in faults.items():
@@ -167,6 +194,8 @@ def load_tokenizer(place: Path, trust_remote_code: bool = False) -> Any:
         raise ModelError(
             f"model: the tokenizer in {place} can't be loaded: {' '.join(str(error).split())[:300]}"
         ) from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # decoders often have none; the attention mask hides it
     if tokenizer.pad_token_id is None:
         raise ModelError(
             f"model: the tokenizer in {place} has no padding token. Set pad_token in its tokenizer_config.json."
@@ -198,9 +227,9 @@ def load_checkpoint(place: Path, auto_class: Any) -> Model:
     for name in (KEY, "transformers_weights"):
         if hasattr(config, name):
             delattr(config, name)
-    with torch.random.fork_rng(devices=[]):  # the placeholders' random numbers must not move the caller's
+    with init_empty_weights(include_buffers=False):
         network = auto_class.from_config(config, dtype=torch.float32)
-    reshape(network, shapes)
+    reshape(network, shapes, ours.get("hidden"))
     _load_weights(network, place)
     model = Model(network.eval(), _fitting_tokenizer(network, place), ours.get("task", "text-classification"))
     model.quantization = ours.get("quantization", {}).get("scheme")
@@ -211,13 +240,16 @@ def load_checkpoint(place: Path, auto_class: Any) -> Model:
 def _load_weights(network: Any, place: Path) -> None:
     for file in weight_files(place):
         read_header(file)  # says which file is broken
-    weights = {name: tensor for file in weight_files(place) for name, tensor in load_file(file).items()}
+    weights = {name: tensor.float() for file in weight_files(place) for name, tensor in load_file(file).items()}
     try:
-        network.load_state_dict(weights, strict=True)
+        found = network.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:
-        raise ModelError(
-            f"{place}: config.json and the weights don't belong together: {' '.join(str(error).split())[:400]}"
-        ) from None
+        raise ModelError(f"{place}: {_UNFIT}: {' '.join(str(error).split())[:400]}") from None
+    network.tie_weights()
+    missing = [name for name, value in network.state_dict().items() if value.is_meta]
+    if missing or found.unexpected_keys:
+        lacking, unknown = ", ".join(missing[:3]) or "nothing", ", ".join(found.unexpected_keys[:3]) or "nothing"
+        raise ModelError(f"{place}: {_UNFIT}: missing is {lacking}, unknown is {unknown}. Fetch or save it again.")
 
 
 def _pruned_parameters(network: Any, names: Sequence[str], place: Path) -> list[nn.Parameter]:
@@ -252,9 +284,9 @@ def save_checkpoint(model: Model, place: str | Path) -> None:
     pruned = {names[id(parameter)]: parameter for parameter in model.pruned}
     _assert_zeros(pruned, place)
     ours: dict[str, Any] = {"task": model.task}
-    uniform = _declare_feed_forward(model.network)
+    uniform = _declare_sizes(model.network)
     if not uniform:
-        ours["shapes"] = [[shape.heads, shape.feed_forward] for shape in model.anatomy.shapes]
+        ours |= _shapes_of(model.anatomy, model.network.config)
     if pruned:
         ours["pruned"] = sorted(pruned)
     if model.quantization:
@@ -265,16 +297,52 @@ def save_checkpoint(model: Model, place: str | Path) -> None:
         _add_to_config(partial / "config.json", {KEY: ours} | ({} if uniform else {"transformers_weights": REFUSAL}))
 
 
-def _declare_feed_forward(network: Any) -> bool:
+def _shapes_of(anatomy: Anatomy, config: Any) -> dict[str, Any]:
+    """What config.json declares where the stock keys can't."""
+    shapes = [
+        [size for size in (shape.heads, shape.feed_forward, shape.cross_heads) if size] for shape in anatomy.shapes
+    ]
+    stock = getattr(config, anatomy.family.hidden)
+    return {"shapes": shapes} | ({} if anatomy.hidden_size == stock else {"hidden": anatomy.hidden_size})
+
+
+def _declare_sizes(network: Any) -> bool:
     """Whether the stock config can say the shapes; if so, it does afterwards."""
-    anatomy = anatomy_of(network)
-    expressible = {
-        BlockShape(getattr(network.config, anatomy.family.heads), shape.feed_forward) for shape in anatomy.shapes
-    }
-    if len(expressible) > 1 or set(anatomy.shapes) != expressible:
+    anatomy, config = anatomy_of(network), network.config
+    family, wanted = anatomy.family, _stock_sizes(anatomy)
+    if wanted is None or not _expressible(family, wanted, config, anatomy.blocks[0].attention.head_size):
         return False
-    setattr(network.config, anatomy.family.feed_forward, anatomy.shapes[0].feed_forward)
+    changed = any(value != getattr(config, key, None) for key, value in wanted.items() if key != "n_inner")
+    for key, value in wanted.items():
+        if getattr(config, key, None) != value and not (key == "n_inner" and value == 4 * anatomy.hidden_size):
+            setattr(config, key, value)
+    if changed and family.head_size:
+        setattr(config, family.head_size, anatomy.blocks[0].attention.head_size)
     return True
+
+
+def _stock_sizes(anatomy: Anatomy) -> dict[str, int] | None:
+    """{config key: size}, or None where one key would need two sizes."""
+    sizes: dict[str, set[int]] = {anatomy.family.hidden: {anatomy.hidden_size}}
+    for stack in anatomy.family.stacks:
+        for block in anatomy.stack(stack.name):
+            sizes.setdefault(stack.heads, set()).update(part.heads for part in block.attentions)
+            sizes.setdefault(stack.feed_forward_size, set()).add(block.feed_forward.width)
+            if stack.key_value_heads:
+                sizes.setdefault(stack.key_value_heads, set()).add(block.attention.key_value_heads)
+    return (
+        None if any(len(found) > 1 for found in sizes.values()) else {key: found.pop() for key, found in sizes.items()}
+    )
+
+
+def _expressible(family: Family, wanted: dict[str, int], config: Any, head_size: int) -> bool:
+    hidden, stock = wanted[family.hidden], getattr(config, family.hidden)
+    if hidden != stock and (family.scales_embeddings or not family.head_size):
+        return False
+    heads = {wanted[stack.heads] for stack in family.stacks}
+    if family.head_size:
+        return not family.heads_divide_hidden or all(hidden % count == 0 for count in heads)
+    return all(count * head_size == hidden for count in heads)
 
 
 def _add_to_config(place: Path, keys: dict[str, Any]) -> None:

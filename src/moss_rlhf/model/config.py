@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from moss_rlhf.errors import ModelError
-from moss_rlhf.model.anatomy import BlockShape, family_of
+from moss_rlhf.model.anatomy import BlockShape, Family, Stack, family_of
 
+_UNBOUNDED = 4096  # tokens, where neither the network nor its tokenizer sets a limit
 KEY = "moss_rlhf"  # of config.json: everything that is ours
 
 
@@ -39,39 +40,76 @@ def position_limit(config: Mapping[str, Any], tokenizer_limit: float) -> int:
     """Tokens of the longest text: what the network has positions for, or its tokenizer's own limit."""
     # RoBERTa counts positions from the padding index + 1
     offset = config["pad_token_id"] + 1 if config["model_type"] in ("roberta", "xlm-roberta") else 0
-    return int(min(config["max_position_embeddings"] - offset, tokenizer_limit))
+    positions = config.get("max_position_embeddings") or config.get("n_positions") or _UNBOUNDED  # T5's are relative
+    return int(min(positions - offset, tokenizer_limit, _UNBOUNDED))
 
 
 def hidden_size(config: Mapping[str, Any]) -> int:
-    return int(config[family_of(config["model_type"]).hidden])
+    declared = config.get(KEY, {}).get("hidden")
+    return int(declared or _size(config, family_of(config["model_type"]).hidden))
 
 
 def head_size(config: Mapping[str, Any]) -> int:
-    return hidden_size(config) // int(config[family_of(config["model_type"]).heads])
+    family = family_of(config["model_type"])
+    declared = config.get(family.head_size) if family.head_size else None
+    return int(declared or _size(config, family.hidden) // _size(config, family.stacks[0].heads))
+
+
+def queries_per_key(config: Mapping[str, Any]) -> int:
+    """Query heads that share one key-value head."""
+    stack = family_of(config["model_type"]).stacks[0]
+    pairs = config.get(stack.key_value_heads) if stack.key_value_heads else None
+    return _size(config, stack.heads) // int(pairs) if pairs else 1
+
+
+def is_gated(config: Mapping[str, Any]) -> bool:
+    """Whether the feed-forward has a third matrix."""
+    row = family_of(config["model_type"]).stacks[0].feed_forward[0]
+    if config["model_type"] in ("t5", "mt5"):
+        return str(config.get("feed_forward_proj", "relu")).startswith("gated")
+    return row.fused or len(row.ups) > 1
+
+
+def _size(config: Mapping[str, Any], key: str) -> int:
+    if key == "n_inner" and not config.get(key):  # GPT-2's default
+        return 4 * _size(config, "n_embd")
+    if key == "num_decoder_layers" and not config.get(key):  # T5's default
+        return _size(config, "num_layers")
+    if not isinstance(config.get(key), int):
+        raise ModelError(
+            f"model: config.json of a {config['model_type']} must give {key}, a whole number. Save it again."
+        )
+    return int(config[key])
 
 
 def block_shapes(config: Mapping[str, Any]) -> tuple[BlockShape, ...]:
-    """The shape of every block, as declared by us or by the stock config.
+    """The shape of every block, the encoder's first, as declared by us or by the stock config.
 
     raises   ModelError on an unknown family, or declared shapes that the stock ones can't be cut down to.
     """
     family = family_of(config["model_type"])
-    stock = BlockShape(int(config[family.heads]), int(config[family.feed_forward]))
-    layers, declared = int(config[family.layers]), config.get(KEY, {}).get("shapes")
+    stock = tuple(shape for stack in family.stacks for shape in _stock_shapes(config, family, stack))
+    declared = config.get(KEY, {}).get("shapes")
     if declared is None:
-        return (stock,) * layers
-    if len(declared) != layers or not all(_fits(shape, stock) for shape in declared):
+        return stock
+    if len(declared) != len(stock) or not all(map(_fits, declared, stock)):
         raise ModelError(
-            f"config.json declares the shapes {declared} of [heads, feed_forward]; it must be {layers} pairs between "
-            f"[1, 1] and [{stock.heads}, {stock.feed_forward}]. Save or fetch the checkpoint again."
+            f"config.json declares the shapes {declared} of [heads, feed_forward]; it must be {len(stock)} pairs between "
+            f"[1, 1] and [{stock[0].heads}, {stock[0].feed_forward}]. Save or fetch the checkpoint again."
         )
     return tuple(BlockShape(*shape) for shape in declared)
 
 
-def _fits(shape: object, stock: BlockShape) -> bool:
+def _stock_shapes(config: Mapping[str, Any], family: Family, stack: Stack) -> tuple[BlockShape, ...]:
+    heads, layers = _size(config, stack.heads), _size(config, stack.layers)
+    shape = BlockShape(heads, _size(config, stack.feed_forward_size), heads if stack.cross_attention else 0)
+    return (shape,) * (int(config.get("num_hidden_groups", 1)) if family.shared else layers)
+
+
+def _fits(declared: object, stock: BlockShape) -> bool:
+    limits = [stock.heads, stock.feed_forward, *([stock.cross_heads] if stock.cross_heads else [])]
     return (
-        isinstance(shape, list)
-        and len(shape) == 2
-        and 1 <= shape[0] <= stock.heads
-        and 1 <= shape[1] <= stock.feed_forward
+        isinstance(declared, list)
+        and len(declared) == len(limits)
+        and all(isinstance(size, int) and 1 <= size <= limit for size, limit in zip(declared, limits, strict=True))
     )

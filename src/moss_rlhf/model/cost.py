@@ -9,28 +9,36 @@ from moss_rlhf.model.anatomy import BlockShape
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The shapes that decide an encoder's cost."""
+    """The shapes that decide a network's cost."""
 
     hidden: int
     head_size: int
     blocks: tuple[BlockShape, ...]
     head_parameters: int  # weights of the pooler and classifier, used once a text
-    projection_parameters: int = 0  # weights below the blocks that multiply every token: ELECTRA's, to the hidden size
+    projection_parameters: int = 0  # weights outside the blocks that multiply every token: of a language model's head
+    gated: bool = False  # three matrices in the feed-forward instead of two
+    queries_per_key: int = 1  # query heads that share one key-value head
+    repeats: int = 1  # how often the blocks are gone through
 
 
-def block_parameters(shape: BlockShape, hidden: int, head_size: int) -> int:
-    """Weights of one block's six matrices (biases and norms left out)."""
-    return 4 * hidden * shape.heads * head_size + 2 * hidden * shape.feed_forward
+def block_parameters(shape: BlockShape, dimensions: Dimensions) -> int:
+    """Weights of one block's matrices (biases and norms left out)."""
+    heads = 2 * shape.heads + 2 * max(1, shape.heads // dimensions.queries_per_key) + 4 * shape.cross_heads
+    return dimensions.hidden * (heads * dimensions.head_size + (3 if dimensions.gated else 2) * shape.feed_forward)
 
 
-def block_macs(shape: BlockShape, hidden: int, head_size: int, length: float) -> float:
+def block_macs(shape: BlockShape, dimensions: Dimensions, length: float) -> float:
     """Multiply-accumulates of one block for one token of a text of `length` tokens, attention included."""
-    return block_parameters(shape, hidden, head_size) + 2 * length * shape.heads * head_size
+    attending = 2 * length * (shape.heads + shape.cross_heads) * dimensions.head_size
+    return dimensions.repeats * (block_parameters(shape, dimensions) + attending)
 
 
 def macs_per_token(dimensions: Dimensions, length: float) -> float:
-    """Multiply-accumulates of the network per token, texts of `length` tokens; embeddings are look-ups and free."""
-    blocks = sum(block_macs(shape, dimensions.hidden, dimensions.head_size, length) for shape in dimensions.blocks)
+    """Multiply-accumulates of the network per token, texts of `length` tokens; embeddings are look-ups and free.
+
+    An encoder-decoder counts as if source and target were equally long.
+    """
+    blocks = sum(block_macs(shape, dimensions, length) for shape in dimensions.blocks)
     return dimensions.projection_parameters + blocks + dimensions.head_parameters / length
 
 
@@ -41,10 +49,7 @@ def training_flops(dimensions: Dimensions, length: float, tokens: float, lowest_
                      the head trains.
     """
     forward = macs_per_token(dimensions, length)
-    frozen = sum(
-        block_macs(shape, dimensions.hidden, dimensions.head_size, length)
-        for shape in dimensions.blocks[:lowest_trained]
-    )
+    frozen = sum(block_macs(shape, dimensions, length) for shape in dimensions.blocks[:lowest_trained])
     return 2 * tokens * (forward + 2 * (forward - frozen))
 
 
@@ -57,12 +62,10 @@ def training_bytes(parameters: int, hidden: int, layers: int, tokens: int) -> in
     return 16 * parameters + 68 * hidden * layers * tokens
 
 
-def all_block_parameters(shape: BlockShape, hidden: int, head_size: int) -> int:
-    """Every parameter of one block: matrices, biases, two norms."""
-    attention = shape.heads * head_size
-    return (
-        block_parameters(shape, hidden, head_size) + 3 * attention + hidden + shape.feed_forward + hidden + 4 * hidden
-    )
+def all_block_parameters(shape: BlockShape, dimensions: Dimensions) -> int:
+    """Every parameter of one block of an encoder: matrices, biases, two norms."""
+    attention, hidden = shape.heads * dimensions.head_size, dimensions.hidden
+    return block_parameters(shape, dimensions) + 3 * attention + hidden + shape.feed_forward + hidden + 4 * hidden
 
 
 def units_kept(units: int, removed: float, multiple_of: int = 1) -> int:

@@ -1,75 +1,237 @@
-"""Cut a network physically: fewer heads, narrower feed-forward, fewer blocks.
+"""Cut a network physically: fewer heads, narrower feed-forward, smaller hidden size, fewer blocks.
 
 Parameters keep their identity (`.data` is replaced), so optimizers' and masks' references to them stay true.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moss_rlhf.model.anatomy import Anatomy, Block, BlockShape, anatomy_of
+from moss_rlhf.errors import ModelError
+from moss_rlhf.model.anatomy import Anatomy, Attention, Block, BlockShape, Matrix, anatomy_of, block_modules
 
 
 @torch.no_grad()
-def keep_outputs(linear: nn.Linear, kept: Tensor) -> None:
-    """Keep the output features `kept` (indices, int64) of a linear layer, in that order."""
-    linear.weight.data = linear.weight.data[kept].clone()
-    if linear.bias is not None:
-        linear.bias.data = linear.bias.data[kept].clone()
-    linear.out_features = len(kept)
+def keep_outputs(matrix: Matrix, kept: Tensor) -> None:
+    """Keep the output features `kept` (indices, int64) of a matrix and its bias, in that order."""
+    if matrix.bias is not None:
+        matrix.module.bias.data = matrix.bias[kept].clone()  # type: ignore[union-attr]
+    matrix.set_weight(matrix.weight[kept].clone())
 
 
 @torch.no_grad()
-def keep_inputs(linear: nn.Linear, kept: Tensor) -> None:
-    """Keep the input features `kept` (indices, int64) of a linear layer, in that order."""
-    linear.weight.data = linear.weight.data[:, kept].clone()
-    linear.in_features = len(kept)
+def keep_inputs(matrix: Matrix, kept: Tensor) -> None:
+    """Keep the input features `kept` (indices, int64) of a matrix, in that order."""
+    matrix.set_weight(matrix.weight[:, kept].clone())
 
 
-def keep_heads(block: Block, kept: Sequence[int]) -> None:
-    """Keep the attention heads `kept` of one block: rows of q, k, v and columns of the output projection."""
-    size = block.head_size
-    features = torch.cat([torch.arange(head * size, (head + 1) * size) for head in kept])
-    for linear in (block.query, block.key, block.value):
-        keep_outputs(linear, features)
-    keep_inputs(block.attention_output, features)
-    _declare_heads(block, len(kept))
+def _spans(indices: Sequence[int], size: int) -> Tensor:
+    """The features of units of `size` features: unit i owns i · size … (i + 1) · size − 1."""
+    return (torch.tensor(list(indices), dtype=torch.int64)[:, None] * size + torch.arange(size)).flatten()
 
 
-def _declare_heads(block: Block, heads: int) -> None:
-    # transformers 5 reads the number of heads off the projections; these attributes are for whoever prints the module
-    setattr(block.attention, block.head_count, heads)
-    if hasattr(block.attention, "all_head_size"):
-        setattr(block.attention, "all_head_size", heads * block.head_size)  # noqa: B010  # mypy takes it for a Module
+def keep_heads(attention: Attention, units: Sequence[int]) -> None:
+    """Keep the units `units` of one attention: rows of what makes q, k and v, columns of the output projection.
+
+    raises   ModelError where none would stay.
+    """
+    if not len(units):
+        raise ModelError("an attention can't lose all of its heads; keep at least one.")
+    heads, pairs = attention.heads, attention.key_value_heads
+    kept = [unit * attention.heads_per_unit + offset for unit in units for offset in range(attention.heads_per_unit)]
+    kept_pairs = [0] if pairs == 1 and heads > 1 else list(units)
+    rows = _producer_rows(attention, kept, kept_pairs)
+    output_columns = _spans(kept, attention.head_size)
+    for matrix, indices in zip(attention.producers, rows, strict=True):
+        keep_outputs(matrix, indices)
+    keep_inputs(attention.output, output_columns)
+    if isinstance(attention.position_bias, nn.Embedding):
+        _keep_columns(attention.position_bias, torch.tensor(kept))
+    _declare_heads(attention, len(kept), len(kept_pairs))
+
+
+def _producer_rows(attention: Attention, heads: Sequence[int], pairs: Sequence[int]) -> list[Tensor]:
+    """For each producer, the rows that make the kept query heads and key-value heads."""
+    size, row = attention.head_size, attention.row
+    if row.fused == "head by head":
+        return [_spans(heads, 3 * size)]
+    if row.fused:
+        return [_spans([part * attention.heads + head for part in range(3) for head in heads], size)]
+    of_queries, of_pairs = _spans(heads, size), _spans(pairs, size)
+    return [of_queries, of_pairs, of_pairs, *[of_queries] * (len(attention.producers) - 3)]
+
+
+@torch.no_grad()
+def _keep_columns(table: nn.Embedding, kept: Tensor) -> None:
+    table.weight.data = table.weight.data[:, kept].clone()
+    table.embedding_dim = len(kept)
+
+
+def _declare_heads(attention: Attention, heads: int, pairs: int) -> None:
+    # some modules of transformers 5 read the number of heads off the projections, others from these attributes
+    module: Any = attention.module
+    for name in attention.row.counts:
+        setattr(module, name, heads)
+    for name in attention.row.widths:
+        setattr(module, name, heads * attention.head_size)
+    if "num_key_value_groups" in vars(module):
+        module.num_key_value_groups = heads // pairs
 
 
 def keep_feed_forward(block: Block, kept: Tensor) -> None:
-    """Keep the feed-forward neurons `kept` (indices, int64) of one block."""
-    keep_outputs(block.up, kept)
-    keep_inputs(block.down, kept)
+    """Keep the feed-forward neurons `kept` (indices, int64) of one block; ModelError where none would stay."""
+    if not len(kept):
+        raise ModelError("a feed-forward can't lose all of its neurons; keep at least one.")
+    part = block.feed_forward
+    rows = torch.cat([kept, kept + part.width]) if part.row.fused else kept
+    for matrix in part.ups:
+        keep_outputs(matrix, rows)
+    keep_inputs(part.down, kept)
+
+
+@torch.no_grad()
+def keep_hidden(network: Any, kept: Tensor) -> None:
+    """Keep the features `kept` (indices, int64) of the hidden size, everywhere.
+
+    In the blocks: inputs of what makes queries, keys, values and neurons, outputs of what writes back. Outside: every
+    axis of that size, tables of positions and words by their columns only. A dense layer between the blocks and the
+    classifier keeps the same features on both sides.
+    """
+    anatomy = anatomy_of(network)
+    size, seen = anatomy.hidden_size, set()
+    for block in anatomy.blocks:
+        for part in (*block.attentions, block.feed_forward):
+            for matrix in part.matrices[:-1]:
+                keep_inputs(matrix, kept)
+            keep_outputs(part.matrices[-1], kept)
+        seen |= {id(matrix.module) for matrix in block.matrices}
+    head = network.get_output_embeddings()
+    for module in network.modules():
+        if id(module) not in seen:
+            _keep_features(module, size, kept, table=isinstance(module, nn.Embedding) or module is head)
+
+
+def _keep_features(module: nn.Module, size: int, kept: Tensor, table: bool) -> None:
+    """Cut the axes of one module that carry the hidden size: of a table (rows are tokens or positions) its columns."""
+    for parameter in dict(module.named_parameters(recurse=False)).values():
+        axes = [axis for axis in range(parameter.dim()) if parameter.shape[axis] == size]
+        for axis in [1] if table and parameter.dim() == 2 and 1 in axes else [] if table else axes:
+            parameter.data = parameter.data.index_select(axis, kept).clone()
+    _declare_features(module, size, len(kept), table)
+
+
+def _declare_features(module: Any, size: int, kept: int, table: bool) -> None:
+    inputs = ("in_features", "embedding_dim")
+    for name in inputs if table else (*inputs, "out_features", "in_channels", "out_channels"):
+        if vars(module).get(name) == size:
+            setattr(module, name, kept)
+    if vars(module).get("normalized_shape") == (size,):
+        module.normalized_shape = (kept,)
 
 
 def keep_blocks(network: Any, kept: Sequence[int]) -> None:
-    """Keep the blocks `kept`, in that order; the config follows."""
+    """Keep the blocks `kept` (positions in `anatomy.blocks`), in that order; the config follows.
+
+    What only one block carries goes along: T5's position biases move to the lowest block that stays, a pattern of
+    layer types keeps its entries.
+    raises   ModelError where blocks are shared, a stack would lose all of its blocks, or its first one must stay.
+    """
     anatomy = anatomy_of(network)
-    set_blocks(network, anatomy, [anatomy.blocks[index].module for index in kept])
-    setattr(network.config, anatomy.family.layers, len(kept))
+    _refuse_blocks(anatomy, kept)
+    for stack in anatomy.family.stacks:
+        blocks = anatomy.stack(stack.name)
+        positions = [index for index in kept if anatomy.blocks[index].stack == stack.name]
+        staying = [anatomy.blocks[index] for index in positions]
+        _carry_position_bias(blocks[0], staying[0])
+        _put_blocks(network, stack.blocks, [block.module for block in staying])
+        setattr(network.config, stack.layers, len(staying))
+        _follow(network.config, [block.index for block in staying], len(blocks))
+    _number_blocks(network)
 
 
-def set_blocks(network: Any, anatomy: Anatomy, modules: Sequence[nn.Module]) -> None:
-    """Put `modules` in the place of the network's blocks, without touching its config."""
-    path, _, name = anatomy.family.blocks.rpartition(".")
-    setattr(network.base_model.get_submodule(path), name, nn.ModuleList(modules))
+def _refuse_blocks(anatomy: Anatomy, kept: Sequence[int]) -> None:
+    if anatomy.family.shared:
+        raise ModelError("its layers share one block: there is none to drop or merge. Narrow, prune or quantize it.")
+    for stack in anatomy.family.stacks:
+        indices = [anatomy.blocks[index].index for index in kept if anatomy.blocks[index].stack == stack.name]
+        if not indices:
+            raise ModelError(f"the {stack.name} can't lose all of its layers; keep at least one.")
+        if anatomy.family.first_stays and 0 not in indices:
+            raise ModelError("its first block reads the embeddings without a norm of its own and must stay.")
 
 
-def reshape(network: Any, shapes: Sequence[BlockShape]) -> None:
+def _carry_position_bias(lowest: Block, staying: Block) -> None:
+    table = lowest.attention.position_bias
+    if table is not None and staying is not lowest:
+        module: Any = staying.attention.module
+        module.add_module(staying.attention.row.position_bias, table)
+        module.has_relative_attention_bias = True
+
+
+def _put_blocks(network: Any, path: str, modules: Sequence[nn.Module]) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(network.base_model.get_submodule(parent), name, nn.ModuleList(modules))
+
+
+def _follow(config: Any, kept: Sequence[int], layers: int) -> None:
+    types = getattr(config, "layer_types", None)
+    if types is not None and len(types) == layers:
+        config.layer_types = [types[index] for index in kept]
+
+
+def _number_blocks(network: Any) -> None:
+    """Layers number their places in the cache of keys and values."""
+    for stack in anatomy_of(network).family.stacks:
+        for index, block in enumerate(block_modules(network, stack)):
+            for module in block.modules():
+                if vars(module).get("layer_idx") is not None:
+                    module.layer_idx = index  # type: ignore[assignment]
+
+
+@contextmanager
+def only_blocks(network: Any, kept: Sequence[int]) -> Iterator[None]:
+    """The network with the blocks `kept` alone, for a while; raises as `keep_blocks` does."""
+    anatomy, config = anatomy_of(network), network.config
+    types = getattr(config, "layer_types", None)
+    keep_blocks(network, kept)
+    lowest = {stack.name: anatomy_of(network).stack(stack.name)[0] for stack in anatomy.family.stacks}
+    try:
+        yield
+    finally:
+        for stack in anatomy.family.stacks:
+            blocks = anatomy.stack(stack.name)
+            _return_position_bias(blocks[0], lowest[stack.name])
+            _put_blocks(network, stack.blocks, [block.module for block in blocks])
+            setattr(config, stack.layers, len(blocks))
+        if types is not None:
+            config.layer_types = types
+        _number_blocks(network)
+
+
+def _return_position_bias(lowest: Block, lent: Block) -> None:
+    if lowest.attention.position_bias is not None and lent.module is not lowest.module:
+        module: Any = lent.attention.module
+        delattr(module, str(lent.attention.row.position_bias))
+        module.has_relative_attention_bias = False
+
+
+def reshape(network: Any, shapes: Sequence[BlockShape], hidden: int | None = None) -> None:
     """Give a freshly built network the declared shapes; its weights are placeholders, to be loaded over."""
     for block, shape in zip(anatomy_of(network).blocks, shapes, strict=True):
-        if shape.heads != block.shape.heads:
-            keep_heads(block, range(shape.heads))
+        _reshape_attention(block.attention, shape.heads)
+        if block.cross_attention is not None:
+            _reshape_attention(block.cross_attention, shape.cross_heads)
         if shape.feed_forward != block.shape.feed_forward:
             keep_feed_forward(block, torch.arange(shape.feed_forward))
+    if hidden is not None and hidden != anatomy_of(network).hidden_size:
+        keep_hidden(network, torch.arange(hidden))
+
+
+def _reshape_attention(attention: Attention, heads: int) -> None:
+    if heads != attention.heads:
+        keep_heads(attention, range(heads // attention.heads_per_unit))

@@ -35,7 +35,7 @@ def fisher_scores(model: Model, sample: Any, progress: Progress) -> list[tuple[T
     task, blocks = TASKS[model.task], model.anatomy.blocks
     totals = [
         (
-            torch.zeros(block.shape.heads, dtype=torch.float64),
+            torch.zeros(block.attention.units, dtype=torch.float64),
             torch.zeros(block.shape.feed_forward, dtype=torch.float64),
         )
         for block in blocks
@@ -58,10 +58,10 @@ def _masks(blocks: Sequence[Block], rows: int, device: torch.device) -> Iterator
     """
     masks, hooks = [], []
     for block in blocks:
-        heads = torch.ones(rows, block.shape.heads, device=device, requires_grad=True)
+        heads = torch.ones(rows, block.attention.units, device=device, requires_grad=True)
         neurons = torch.ones(rows, block.shape.feed_forward, device=device, requires_grad=True)
-        hooks.append(_multiply_input(block.attention_output, heads, block.head_size))
-        hooks.append(_multiply_input(block.down, neurons, 1))
+        hooks.append(_multiply_input(block.attention.output.module, heads, block.attention.unit_features))
+        hooks.append(_multiply_input(block.feed_forward.down.module, neurons, 1))
         masks.append((heads, neurons))
     try:
         yield masks
@@ -70,7 +70,7 @@ def _masks(blocks: Sequence[Block], rows: int, device: torch.device) -> Iterator
             hook.remove()
 
 
-def _multiply_input(linear: nn.Linear, mask: Tensor, features: int) -> Any:
+def _multiply_input(linear: nn.Module, mask: Tensor, features: int) -> Any:
     """Multiply the input (rows, length, units · features) of a layer by mask (rows, units)."""
     return linear.register_forward_pre_hook(
         lambda _, inputs: (inputs[0] * mask.repeat_interleave(features, dim=1)[:, None, :],)
@@ -102,7 +102,7 @@ def narrow(
     for block, (of_heads, of_neurons) in zip(model.anatomy.blocks, scores, strict=True):
         kept_heads = keep_highest(of_heads, units_kept(len(of_heads), heads))
         kept_neurons = keep_highest(of_neurons, units_kept(len(of_neurons), feed_forward, multiple_of))
-        keep_heads(block, kept_heads.tolist())
+        keep_heads(block.attention, kept_heads.tolist())
         keep_feed_forward(block, kept_neurons)
         lost.append({"heads": 1 - _share(of_heads, kept_heads), "feed_forward": 1 - _share(of_neurons, kept_neurons)})
     after = model.anatomy.shapes

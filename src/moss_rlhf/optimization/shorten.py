@@ -8,8 +8,6 @@ their input least, d(l) = arccos(cos(x_l, x_{l+n})) / π, the mean over tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.checkpoint import Model
-from moss_rlhf.model.surgery import keep_blocks, set_blocks
+from moss_rlhf.model.surgery import keep_blocks, only_blocks
 from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches, mean_loss
 from moss_rlhf.progress import Progress
 from moss_rlhf.tasks.loading import encoded
@@ -76,23 +74,13 @@ def _by_loss(model: Model, sample: Any, remove: int, progress: Progress) -> tupl
         for _ in range(remove):
             losses = {}
             for index in sorted(set(range(depth)) - set(dropped)):
-                with _without(model, [*dropped, index]):
+                staying = [block for block in range(depth) if block not in (*dropped, index)]
+                with only_blocks(model.network, staying):
                     losses[index] = mean_loss(model, sample)
                 bar.advance()
             dropped.append(min(losses, key=lambda index: (losses[index], index)))
             rounds.append({f"loss without block {index}": loss for index, loss in losses.items()})
     return dropped, rounds
-
-
-@contextmanager
-def _without(model: Model, dropped: Sequence[int]) -> Iterator[None]:
-    anatomy = model.anatomy
-    modules = [block.module for block in anatomy.blocks]
-    set_blocks(model.network, anatomy, [module for index, module in enumerate(modules) if index not in dropped])
-    try:
-        yield
-    finally:
-        set_blocks(model.network, anatomy, modules)
 
 
 def _by_angle(model: Model, sample: Any, remove: int, progress: Progress) -> tuple[list[int], list[dict[str, float]]]:
