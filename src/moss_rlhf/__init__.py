@@ -4,7 +4,8 @@ run(recipe)          the whole story: a recipe, a path to one, or a mapping → 
 load(path)           a checkpoint → Model with .network, .tokenizer, .task; load(id, labels=[…]): a pretrained one
 save(model, path)    a checkpoint that stands alone
 Recipe               the recipe's type
-prune, narrow, shorten, quantize, finetune, evaluate, export     each on a Model in memory, without a recipe
+prune, narrow, shorten, trim_vocabulary, quantize, sensitivity, finetune, evaluate, export
+                     each on a Model in memory, without a recipe
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from moss_rlhf.finetuning import finetune
     from moss_rlhf.model.checkpoint import Model
     from moss_rlhf.model.checkpoint import save_checkpoint as save
-    from moss_rlhf.optimization import narrow, prune, quantize, shorten
+    from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten, trim_vocabulary
     from moss_rlhf.pipeline import run
     from moss_rlhf.recipe import Recipe
     from moss_rlhf.tasks.loading import load
@@ -35,7 +36,9 @@ _HOMES = {
     "quantize": ("moss_rlhf.optimization", "quantize"),
     "run": ("moss_rlhf.pipeline", "run"),
     "save": ("moss_rlhf.model.checkpoint", "save_checkpoint"),
+    "sensitivity": ("moss_rlhf.optimization", "sensitivity"),
     "shorten": ("moss_rlhf.optimization", "shorten"),
+    "trim_vocabulary": ("moss_rlhf.optimization", "trim_vocabulary"),
 }
 
 
@@ -58,5 +61,7 @@ __all__ = [
     "quantize",
     "run",
     "save",
+    "sensitivity",
     "shorten",
+    "trim_vocabulary",
 ]

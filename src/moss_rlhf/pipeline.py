@@ -121,7 +121,7 @@ def _ship(session: Session) -> tuple[Artifact, Artifact | None]:
     float_file = place / "work" / "float32.onnx" if model.quantization else None
     facts = export_onnx(model, place / "onnx", batches, float_file)
     session.progress.event("exported", **facts)
-    shipped = onnx_artifact(place / "onnx" / "model.onnx", model, model.quantization or "float32")
+    shipped = onnx_artifact(place / "onnx" / "model.onnx", model, str(model.quantization or "float32"))
     return shipped, onnx_artifact(float_file, model, "float32") if float_file else None
 
 

@@ -1,10 +1,9 @@
-"""From a stage's spec to the method that does it: its type picks the handler, which unpacks it into arguments."""
+"""From a stage's spec to the method that does it: a spec's fields are the method's arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,28 @@ import numpy as np
 
 from moss_rlhf.finetuning import finetune
 from moss_rlhf.model.checkpoint import Model
-from moss_rlhf.model.cost import macs_per_token, training_flops
-from moss_rlhf.optimization import narrow, prune, quantize, shorten
+from moss_rlhf.model.cost import macs_per_token
+from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten, trim_vocabulary
 from moss_rlhf.progress import Progress
-from moss_rlhf.recipe import FinetuneSpec, NarrowSpec, PruneSpec, QuantizeSpec, ShortenSpec
+from moss_rlhf.recipe import (
+    FinetuneSpec,
+    NarrowSpec,
+    PruneSpec,
+    QuantizeSpec,
+    SensitivitySpec,
+    ShortenSpec,
+    TrimVocabularySpec,
+)
+
+METHODS: Mapping[type, Callable[..., dict[str, Any]]] = {
+    NarrowSpec: narrow,
+    PruneSpec: prune,
+    QuantizeSpec: quantize,
+    SensitivitySpec: sensitivity,
+    ShortenSpec: shorten,
+    TrimVocabularySpec: trim_vocabulary,
+}
+"""Each takes (model, training rows, *, the spec's fields, seed, progress) and returns its facts."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +54,16 @@ class Outcome:
     history: dict[str, Any] | None = field(default=None)
 
 
-@singledispatch
-def apply_stage(spec: object, model: Model, context: StageContext) -> Outcome:
+def apply_stage(spec: Any, model: Model, context: StageContext) -> Outcome:
     """Do one stage to `model`, in place."""
-    raise TypeError(f"no handler for {type(spec).__name__}")
+    if isinstance(spec, FinetuneSpec):
+        return _finetune(spec, model, context)
+    fields = {name: getattr(spec, name) for name in type(spec).model_fields}
+    facts = METHODS[type(spec)](model, context.train, **fields, seed=context.seed, progress=context.progress)
+    return Outcome(facts, float(facts.pop("flops", 0.0)))
 
 
-@apply_stage.register
-def _(spec: FinetuneSpec, model: Model, context: StageContext) -> Outcome:
+def _finetune(spec: FinetuneSpec, model: Model, context: StageContext) -> Outcome:
     teacher = context.teacher(spec.distill.teacher) if spec.distill else None
     training = finetune(
         model,
@@ -74,50 +93,6 @@ def _(spec: FinetuneSpec, model: Model, context: StageContext) -> Outcome:
     return Outcome(training.facts, training.flops + asked, training.history)
 
 
-@apply_stage.register
-def _(spec: NarrowSpec, model: Model, context: StageContext) -> Outcome:
-    rows = min(spec.rows, len(context.train))
-    flops = _scoring_flops(model, context.train, rows)
-    facts = narrow(
-        model,
-        context.train,
-        heads=spec.heads,
-        feed_forward=spec.feed_forward,
-        rows=spec.rows,
-        multiple_of=spec.multiple_of,
-        seed=context.seed,
-        progress=context.progress,
-    )
-    return Outcome(facts, flops)
-
-
-@apply_stage.register
-def _(spec: ShortenSpec, model: Model, context: StageContext) -> Outcome:
-    rows, depth = min(spec.rows, len(context.train)), len(model.anatomy.blocks)
-    passes = sum(depth - count for count in range(spec.remove)) if spec.score == "loss" else 1
-    flops = passes * _forward_flops(model, context.train, rows)
-    facts = shorten(
-        model,
-        context.train,
-        remove=spec.remove,
-        score=spec.score,
-        rows=spec.rows,
-        seed=context.seed,
-        progress=context.progress,
-    )
-    return Outcome(facts, flops)
-
-
-@apply_stage.register
-def _(spec: PruneSpec, model: Model, context: StageContext) -> Outcome:
-    return Outcome(prune(model, sparsity=spec.sparsity))
-
-
-@apply_stage.register
-def _(spec: QuantizeSpec, model: Model, context: StageContext) -> Outcome:
-    return Outcome(quantize(model))
-
-
 def _mean_length(rows: Any) -> float:
     return float(np.mean(rows["length"]))
 
@@ -125,8 +100,3 @@ def _mean_length(rows: Any) -> float:
 def _forward_flops(model: Model, rows: Any, count: int) -> float:
     length = _mean_length(rows)
     return 2 * macs_per_token(model.dimensions, length) * length * count
-
-
-def _scoring_flops(model: Model, rows: Any, count: int) -> float:
-    length = _mean_length(rows)
-    return training_flops(model.dimensions, length, length * count)

@@ -13,7 +13,6 @@ from moss_rlhf.model.anatomy import FAMILIES, BlockShape
 from moss_rlhf.model.config import KEY
 from moss_rlhf.model.grid import quantized_weights, round_to_int8
 from moss_rlhf.model.runtime import TorchRuntime
-from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.batching import batches_of, padding_of
 
 TRAINING = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3, "precision": "float32"}
@@ -25,21 +24,26 @@ METHODS = {
     "shorten": lambda model, rows: moss_rlhf.shorten(model, rows, remove=1, rows=16),
 }
 pytestmark = pytest.mark.usefixtures("one_thread")
-CASES = list(itertools.product(METHODS, FAMILIES, TASKS))
+ENCODERS = [name for name, family in FAMILIES.items() if family.kind == "encoder"]
+CASES = [
+    (method, family, "text-classification")
+    for method, family in itertools.product(METHODS, ENCODERS)
+    if (method, family) != ("shorten", "albert")  # its layers share one block
+]
 
 
 def _changes_of(method, before, after):
     """Whether the method did what it says, and nothing else to the shapes."""
     shapes = {
-        "narrow": (BlockShape(2, 32),) * 3,
+        "narrow": (BlockShape(2, 32),) * len(before["shapes"]),
         "shorten": before["shapes"][:2],
     }.get(method, before["shapes"])
     assert after.anatomy.shapes == shapes
-    linears = [linear.weight for block in after.anatomy.blocks for linear in block.linears]
+    linears = [matrix.weight for matrix in after.anatomy.matrices]
     if method == "prune":
         assert all(int((weight == 0).sum()) == weight.numel() // 2 for weight in linears)
     if method == "quantize":
-        assert after.quantization == "int8"
+        assert str(after.quantization) == "int8"
         for weight in quantized_weights(after.network).values():
             assert torch.equal(round_to_int8(weight.detach()), weight)
     if method in ("narrow", "shorten"):
@@ -69,7 +73,7 @@ def test_contract(case, tiny_model, rows, tmp_path):
     before = {
         "shapes": model.anatomy.shapes,
         "parameters": model.parameters,
-        "linears": [linear.weight.detach().clone() for block in model.anatomy.blocks for linear in block.linears],
+        "linears": [matrix.weight.clone() for matrix in model.anatomy.matrices],
     }
     logits_before = TorchRuntime(model.network).run(_batch(model, rows))
     METHODS[method](model, rows)
@@ -97,8 +101,7 @@ def test_contract(case, tiny_model, rows, tmp_path):
     assert any(not torch.equal(value, new) for value, new in zip(old, loaded.network.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "family"), [case[:2] for case in CASES])
 def test_plain_transformers_loads_it_or_says_who_can(method, family, tiny_model, rows, tmp_path):
     from transformers import AutoModelForSequenceClassification
 
@@ -122,9 +125,9 @@ def test_plain_transformers_loads_it_or_says_who_can(method, family, tiny_model,
         *(
             pytest.param(methods, family, marks=pytest.mark.slow)
             for methods, family in itertools.product(
-                [("finetune",), ("narrow", "shorten"), ("prune", "narrow", "shorten", "quantize")], FAMILIES
+                [("finetune",), ("narrow", "shorten"), ("prune", "narrow", "shorten", "quantize")], ENCODERS
             )
-            if (len(methods), family) != (4, "bert")
+            if (len(methods), family) != (4, "bert") and ("shorten" not in methods or family != "albert")
         ),
     ],
 )
@@ -136,9 +139,8 @@ def test_exported_file_answers_as_the_network_does(methods, family, tiny_model, 
     moss_rlhf.export(model, tmp_path / "onnx")
     session = _session(tmp_path / "onnx" / "model.onnx")
     if model.quantization:
-        for block in model.anatomy.blocks:
-            for linear in block.linears:
-                linear.register_forward_pre_hook(lambda _, inputs: (_rounded_to_8_bits(inputs[0]),))
+        for matrix in model.anatomy.matrices:
+            matrix.module.register_forward_pre_hook(lambda _, inputs: (_rounded_to_8_bits(inputs[0]),))
     for count in (1, 5):  # batch and length are free
         batch = {name: values[:count] for name, values in _batch(model, rows).items()}
         expected = TorchRuntime(model.network).run(batch)
@@ -161,7 +163,7 @@ def _rounded_to_8_bits(values):
     return (((values / scale).round() + zero).clamp(0, 255) - zero) * scale
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize("method", ["narrow", "shorten", "quantize"])
 def test_a_quantized_model_is_not_reshaped(method, family, tiny_model, rows):
     model = tiny_model(family)

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from moss_rlhf import load, save
 from moss_rlhf.errors import ModelError
-from moss_rlhf.optimization import narrow, prune
+from moss_rlhf.model.config import KEY, block_shapes, read_config
+from moss_rlhf.model.surgery import keep_heads
 
 LABELS = ["negative", "positive"]
 
@@ -112,9 +113,25 @@ def test_declared_shapes_that_can_not_be_built(tiny_model, tmp_path, shapes):
         load(tmp_path / "model")
 
 
-def test_declared_shapes_that_the_weights_have_not(tiny_model, rows, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "shapes", "rule"),
+    [
+        ("llama", [[4, 48], [3, 48], [4, 48]], r"3 pairs between \[1, 1\] and \[4, 48\]"),  # 2 queries a key
+        ("bart", [[4, 48]] * 6, r"6 pairs between \[1, 1, 1\] and \[4, 48, 4\]"),
+        ("bart", [[4, 48]] * 3 + [[4, 48, 5]] * 3, r"6 pairs between"),
+        ("albert", [[4, 48]] * 3, r"1 pairs between"),
+    ],
+)
+def test_declared_shapes_that_a_family_can_not_have(tiny_checkpoint, family, shapes, rule):
+    config = read_config(tiny_checkpoint(family)) | {KEY: {"shapes": shapes}}
+    with pytest.raises(ModelError, match=rule):
+        block_shapes(config)
+
+
+def test_declared_shapes_that_the_weights_have_not(tiny_model, tmp_path):
     model = tiny_model()
-    narrow(model, rows, heads=0.5)
+    for block in model.anatomy.blocks:
+        keep_heads(block.attention, [1, 2])
     save(model, tmp_path / "model")
     edit_config(moss_rlhf={"shapes": [[2, 48], [2, 48], [3, 48]]})(tmp_path / "model")
     with pytest.raises(ModelError, match="don't belong together"):
@@ -123,7 +140,9 @@ def test_declared_shapes_that_the_weights_have_not(tiny_model, rows, tmp_path):
 
 def test_zeros_that_came_alive_outside(tiny_model, tmp_path):
     model = tiny_model()
-    prune(model, 0.5)
+    model.pruned = [matrix.parameter for matrix in model.anatomy.matrices]
+    for matrix in model.anatomy.matrices:
+        matrix.weight[:, ::2] = 0
     save(model, tmp_path / "model")
     edit_weights(lambda weights: {name: tensor + 1 for name, tensor in weights.items()})(tmp_path / "model")
     with pytest.raises(ModelError, match="holds no zero any more"):

@@ -60,7 +60,9 @@ def test_what_is_not_finite_has_no_grid(value):
 def test_blocks_and_tables_are_quantized_and_the_head_is_not(tiny_model, family):
     model = tiny_model(family)
     chosen = quantized_weights(model.network)
-    tables = [module for module in model.network.modules() if isinstance(module, nn.Embedding)]
-    assert len(chosen) == 6 * 3 + len(tables)
+    tables = {id(module.weight) for module in model.network.modules() if isinstance(module, nn.Embedding)}
+    matrices = {id(matrix.parameter) for matrix in model.anatomy.matrices}
+    assert {id(part) for part in chosen.values()} == tables | matrices
+    assert len(chosen) == len(tables) + len(matrices)
     assert all(parameter.dim() == 2 for parameter in chosen.values())
     assert not {id(part) for _, part in model.anatomy.head} & {id(part) for part in chosen.values()}

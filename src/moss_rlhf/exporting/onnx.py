@@ -80,7 +80,7 @@ def _write_companions(model: Model, place: Path) -> None:
     setattr(
         config,
         KEY,
-        {"task": model.task, "quantization": {"scheme": model.quantization} if model.quantization else None},
+        {"task": model.task, "quantization": model.quantization.declared() if model.quantization else None},
     )
     config.save_pretrained(place)
 

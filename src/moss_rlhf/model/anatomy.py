@@ -3,8 +3,8 @@
 A new family is one row of FAMILIES. Names are dotted paths: a stack's `blocks` from the base model (the network without
 its head), the rest from one block. Two things differ so much between families that they are named here once:
 
-- one module may hold several projections: GPT-2's `c_attn` holds queries, keys and values one after the other, GPT-NeoX's
-  `query_key_value` head by head, ModernBERT's `Wi` the two halves of a gated feed-forward;
+- one module may hold several projections: GPT-2's `c_attn` holds queries, keys and values one after the other,
+  GPT-NeoX's `query_key_value` head by head, ModernBERT's `Wi` the two halves of a gated feed-forward;
 - GPT-2's Conv1D stores (in, out). `Matrix.weight` is (out, in) for all.
 """
 
@@ -219,14 +219,17 @@ def _t5(name: Literal["encoder", "decoder"]) -> Stack:
     )
 
 
-_T5_FAMILY = Family(
-    (_t5("encoder"), _t5("decoder")),
-    hidden="d_model",
-    head_size="d_kv",
-    above=("decoder.final_layer_norm",),
-    same_heads=True,
-    scales_embeddings=True,  # of the head, where it is tied to them
-)
+def _t5_family(scales_embeddings: bool) -> Family:
+    return Family(
+        (_t5("encoder"), _t5("decoder")),
+        hidden="d_model",
+        head_size="d_kv",
+        above=("decoder.final_layer_norm",),
+        same_heads=True,
+        scales_embeddings=scales_embeddings,
+    )
+
+
 _BART_FAMILY = Family((_bart("encoder"), _bart("decoder")), hidden="d_model", above=(), scales_embeddings=True)
 
 FAMILIES: Mapping[str, Family] = {
@@ -246,8 +249,8 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": _encoder(_LLAMA, head_size="head_dim", above=("norm",)),
     "qwen3": _encoder(_LLAMA, head_size="head_dim", above=("norm",)),
     "gemma": _encoder(_LLAMA, head_size="head_dim", above=("norm",), scales_embeddings=True),
-    "t5": _T5_FAMILY,
-    "mt5": _T5_FAMILY,
+    "t5": _t5_family(scales_embeddings=True),  # of the head, where it is tied to them
+    "mt5": _t5_family(scales_embeddings=False),
     "bart": _BART_FAMILY,
     "marian": _BART_FAMILY,
 }
@@ -259,6 +262,15 @@ def family_of(model_type: str) -> Family:
         known = ", ".join(sorted(FAMILIES))
         raise ModelError(f"model type {model_type!r} is not known here yet. Known families: {known}.")
     return FAMILIES[model_type]
+
+
+def refuse_groups(groups: int, blocks: int) -> None:
+    """ALBERT's layers may share several blocks by turns; every published checkpoint has one."""
+    if (groups, blocks) != (1, 1):
+        raise ModelError(
+            f"model: an ALBERT of {groups} groups of {blocks} blocks is not known here; its layers must share "
+            "one block. Give a checkpoint with num_hidden_groups 1 and inner_group_num 1."
+        )
 
 
 # --- one network ---------------------------------------------------------------------------------------------------
@@ -310,15 +322,11 @@ class Matrix:
     def set_weight(self, weight: Tensor) -> None:
         """Put another (out, in) weight in its place, of any size; the parameter keeps its identity."""
         self.parameter.data = weight.T.contiguous() if self.transposed else weight.contiguous()
-        for name, size in (
-            ("out_features", weight.shape[0]),
-            ("in_features", weight.shape[1]),
-            ("nf", weight.shape[0]),
-        ):
+        out_features, in_features = weight.shape
+        declared = {"out_features": out_features, "in_features": in_features, "nf": out_features, "nx": in_features}
+        for name, size in declared.items():
             if name in vars(self.module):
                 setattr(self.module, name, size)
-        if "nx" in vars(self.module):
-            self.module.nx = weight.shape[1]
 
 
 @dataclass(frozen=True)
@@ -400,8 +408,12 @@ class Block:
         return (self.attention,) if self.cross_attention is None else (self.attention, self.cross_attention)
 
     @property
+    def parts(self) -> tuple[Attention | FeedForward, ...]:
+        return *self.attentions, self.feed_forward
+
+    @property
     def matrices(self) -> tuple[Matrix, ...]:
-        return tuple(matrix for part in (*self.attentions, self.feed_forward) for matrix in part.matrices)
+        return tuple(matrix for part in self.parts for matrix in part.matrices)
 
     @property
     def shape(self) -> BlockShape:
@@ -438,18 +450,22 @@ class Anatomy:
 
 
 def anatomy_of(network: Any) -> Anatomy:
-    """Find the parts of a Hugging Face network; ModelError if its family is unknown, or a part is not where it should be.
+    """Find the parts of a Hugging Face network.
+
+    raises   ModelError if its family is unknown, or a part is not where it should be.
 
     A narrowed network tells its shapes itself; its config may still say the stock ones.
     """
     config = network.config
     family = family_of(config.model_type)
+    if family.shared:
+        refuse_groups(config.num_hidden_groups, config.inner_group_num)
     names = {id(module): name for name, module in network.named_modules()}
     blocks = tuple(block for stack in family.stacks for block in _blocks(network, family, stack, names))
     in_blocks = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     outside = [(name, parameter) for name, parameter in network.named_parameters() if id(parameter) not in in_blocks]
     above = _above(network, family, names)
-    repeats = getattr(config, family.stacks[0].layers) // config.num_hidden_groups if family.shared else 1
+    repeats = getattr(config, family.stacks[0].layers) if family.shared else 1
     return Anatomy(
         family=family,
         blocks=blocks,
@@ -471,8 +487,8 @@ def _above(network: Any, family: Family, names: Mapping[int, str]) -> tuple[str,
 def _blocks(network: Any, family: Family, stack: Stack, names: Mapping[int, str]) -> Iterator[Block]:
     config, two = network.config, len(family.stacks) > 1
     head_size = _head_size(config, family, stack)
-    for index, module in enumerate(block_modules(network, stack)):
-        try:
+    try:
+        for index, module in enumerate(block_modules(network, stack)):
             yield Block(
                 index=index,
                 stack=stack.name,
@@ -484,10 +500,11 @@ def _blocks(network: Any, family: Family, stack: Stack, names: Mapping[int, str]
                 else None,
                 feed_forward=_feed_forward(module, stack.feed_forward, names),
             )
-        except AttributeError as error:
-            raise ModelError(
-                f"{config.model_type}: block {index} of the {stack.name} has not the expected parts: {error}"
-            )
+    except AttributeError as error:
+        raise ModelError(
+            f"{config.model_type}: the {stack.name} of this {type(network).__name__} has not the expected parts: "
+            f"{error}. Give a checkpoint of the family's own architecture."
+        ) from error
 
 
 def block_modules(network: Any, stack: Stack) -> list[nn.Module]:

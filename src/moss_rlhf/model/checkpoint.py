@@ -6,15 +6,15 @@ is the name of the weight file for transformers 5: a sentence in its place makes
 
 Everything of ours stands under one key of config.json:
 
-    "moss_rlhf": {"task", "shapes": [[heads, feed_forward], …], "pruned": [names], "quantization": {"scheme"}}
+    "moss_rlhf": {"task", "shapes": [[heads, feed_forward], …], "hidden", "pruned": [names], "quantization": {"scheme"}}
 
-where all but the task are absent if there is nothing to say.
+where all but the task are absent if there is nothing to say. A block with cross-attention declares its heads third.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from moss_rlhf.errors import ModelError
-from moss_rlhf.files import new_directory, refuse_foreign_files, write_json
+from moss_rlhf.files import new_directory, read_json, refuse_foreign_files, write_json
 from moss_rlhf.model.anatomy import Anatomy, Family, anatomy_of
 from moss_rlhf.model.config import (
     KEY,
@@ -38,8 +38,11 @@ from moss_rlhf.model.config import (
 )
 from moss_rlhf.model.cost import Dimensions
 from moss_rlhf.model.locate import read_header, weight_files
+from moss_rlhf.model.offload import MappedWeights
+from moss_rlhf.model.quantization import Quantization
 from moss_rlhf.model.surgery import reshape
 
+SENSITIVITY = "sensitivity.json"
 _UNFIT = "config.json and the weights don't belong together"
 REFUSAL = (
     "this checkpoint's layers have shapes that config.json of transformers can't express: use moss_rlhf.load(path)"
@@ -52,13 +55,17 @@ class Model:
 
     pruned         parameters whose exact zeros stay zero; they keep their identity through surgery, names do not.
     quantization   the scheme whose grid the weights lie on.
+    sensitivity    what `sensitivity` measured, for later stages.
+    weights        where the blocks' weights are while they are not in memory (load(path, offload=True)).
     """
 
     network: Any
     tokenizer: Any
     task: str
     pruned: list[nn.Parameter] = field(default_factory=list)
-    quantization: str | None = None
+    quantization: Quantization | None = None
+    sensitivity: dict[str, Any] | None = None
+    weights: MappedWeights | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -87,7 +94,7 @@ class Model:
         anatomy, config = self.anatomy, self.network.config.to_dict()
         vocabulary = self.network.get_output_embeddings()
         head = {id(part): part.numel() for _, part in anatomy.head if part.dim() == 2}
-        linears = {id(module.weight) for module in self.network.modules() if isinstance(module, nn.Linear)}
+        linears = {id(module.weight) for module in self.network.modules() if isinstance(module, (nn.Linear, nn.Conv1d))}
         below = {id(part): part.numel() for _, part in anatomy.embeddings if id(part) in linears}
         every_token = below | ({id(vocabulary.weight): vocabulary.weight.numel()} if vocabulary is not None else {})
         return Dimensions(
@@ -123,11 +130,14 @@ def load_pretrained(
     same_head = labels is None or trained_labels(config) == tuple(labels)
     network, info = _from_pretrained(auto_class, place, labels, trust_remote_code)
     _refuse_garbage(network, info, same_head, place)
+    _store_everything(network)
     if not same_head:
-        _draw_head(network)
+        _draw_head(network, None if trained_labels(config) else info["missing_keys"])
     tokenizer = _fitting_tokenizer(network, place, trust_remote_code)
     if network.config.pad_token_id is None:
         network.config.pad_token_id = tokenizer.pad_token_id
+    if network.can_generate() and network.generation_config.pad_token_id is None:
+        network.generation_config.pad_token_id = tokenizer.pad_token_id
     return Model(network, tokenizer, task)
 
 
@@ -176,12 +186,17 @@ def _refuse_garbage(network: Any, info: Any, same_head: bool, place: Path) -> No
 
 
 @torch.no_grad()
-def _draw_head(network: Any) -> None:
+def _draw_head(network: Any, missing: Iterable[str] | None) -> None:
+    """Draw the dense layers above the base model: those that the file lacks, or all where they served other labels.
+
+    A pretrained file may hold some: ModernBERT's dense layer before the classifier.
+    """
     # not transformers' _init_weights: it leaves whatever came from the file as it is
-    for name, child in network.named_children():
-        for linear in child.modules() if name != network.base_model_prefix else ():
-            if isinstance(linear, nn.Linear):
-                linear.weight.normal_(0.0, network.config.initializer_range)
+    for name, linear in network.named_modules():
+        above = not name.startswith(f"{network.base_model_prefix}.") and isinstance(linear, nn.Linear)
+        if above and (missing is None or f"{name}.weight" in missing):
+            linear.weight.normal_(0.0, network.config.initializer_range)
+            if linear.bias is not None:
                 linear.bias.zero_()
 
 
@@ -229,10 +244,14 @@ def load_checkpoint(place: Path, auto_class: Any) -> Model:
             delattr(config, name)
     with init_empty_weights(include_buffers=False):
         network = auto_class.from_config(config, dtype=torch.float32)
+    _store_everything(network)
     reshape(network, shapes, ours.get("hidden"))
     _load_weights(network, place)
     model = Model(network.eval(), _fitting_tokenizer(network, place), ours.get("task", "text-classification"))
-    model.quantization = ours.get("quantization", {}).get("scheme")
+    _load_generation(network, place)
+    model.quantization = Quantization.read(ours.get("quantization"), place)
+    if (place / SENSITIVITY).exists():
+        model.sensitivity = read_json(place / SENSITIVITY)
     model.pruned = _pruned_parameters(network, ours.get("pruned", []), place)
     return model
 
@@ -240,16 +259,46 @@ def load_checkpoint(place: Path, auto_class: Any) -> Model:
 def _load_weights(network: Any, place: Path) -> None:
     for file in weight_files(place):
         read_header(file)  # says which file is broken
-    weights = {name: tensor.float() for file in weight_files(place) for name, tensor in load_file(file).items()}
+    stored = {name: tensor.float() for file in weight_files(place) for name, tensor in load_file(file).items()}
+    names = _names_in_network(network, stored)
+    weights = {names[name]: tensor for name, tensor in stored.items()}
     try:
         found = network.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:
         raise ModelError(f"{place}: {_UNFIT}: {' '.join(str(error).split())[:400]}") from None
-    network.tie_weights()
+    # both tensors of a pair in the file are told apart: an untied T5's config says tied all the same
+    network.tie_weights(missing_keys=set(found.missing_keys), recompute_mapping=False)
     missing = [name for name, value in network.state_dict().items() if value.is_meta]
     if missing or found.unexpected_keys:
         lacking, unknown = ", ".join(missing[:3]) or "nothing", ", ".join(found.unexpected_keys[:3]) or "nothing"
         raise ModelError(f"{place}: {_UNFIT}: missing is {lacking}, unknown is {unknown}. Fetch or save it again.")
+
+
+def _names_in_network(network: Any, names: Iterable[str]) -> dict[str, str]:
+    """{name in the file: name in the network}; transformers writes some as its older versions did, as `embed_out`."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import apply_renamings
+
+    renamings = get_model_conversion_mapping(network)
+    return {name: apply_renamings(name, renamings) for name in names}
+
+
+def _store_everything(network: Any) -> None:
+    """Let files hold Marian's sinusoids, which transformers leaves out and yet hands out as trainable.
+
+    Trained, rounded or cut to fewer features, they are no longer what it would compute anew.
+    """
+    for name in network._keys_to_ignore_on_save:
+        network.get_parameter(name).requires_grad_(False)
+    network._keys_to_ignore_on_save = set()
+
+
+def _load_generation(network: Any, place: Path) -> None:
+    """How the checkpoint generates, where its folder says so: a network built from config.json alone knows it not."""
+    from transformers import GenerationConfig
+
+    if network.can_generate() and (place / "generation_config.json").exists():
+        network.generation_config = GenerationConfig.from_pretrained(place)
 
 
 def _pruned_parameters(network: Any, names: Sequence[str], place: Path) -> list[nn.Parameter]:
@@ -290,10 +339,12 @@ def save_checkpoint(model: Model, place: str | Path) -> None:
     if pruned:
         ours["pruned"] = sorted(pruned)
     if model.quantization:
-        ours["quantization"] = {"scheme": model.quantization}
+        ours["quantization"] = model.quantization.declared()
     with new_directory(place) as partial:
         model.network.save_pretrained(partial)
         model.tokenizer.save_pretrained(partial)
+        if model.sensitivity:
+            write_json(partial / SENSITIVITY, model.sensitivity)
         _add_to_config(partial / "config.json", {KEY: ours} | ({} if uniform else {"transformers_weights": REFUSAL}))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_rlhf.errors import ModelError
-from moss_rlhf.model.anatomy import BlockShape, Family, Stack, family_of
+from moss_rlhf.model.anatomy import BlockShape, Family, Stack, family_of, refuse_groups
 
 _UNBOUNDED = 4096  # tokens, where neither the network nor its tokenizer sets a limit
 KEY = "moss_rlhf"  # of config.json: everything that is ours
@@ -66,7 +66,8 @@ def is_gated(config: Mapping[str, Any]) -> bool:
     """Whether the feed-forward has a third matrix."""
     row = family_of(config["model_type"]).stacks[0].feed_forward[0]
     if config["model_type"] in ("t5", "mt5"):
-        return str(config.get("feed_forward_proj", "relu")).startswith("gated")
+        default = "gated-gelu" if config["model_type"] == "mt5" else "relu"
+        return str(config.get("feed_forward_proj", default)).startswith("gated")
     return row.fused or len(row.ups) > 1
 
 
@@ -92,10 +93,13 @@ def block_shapes(config: Mapping[str, Any]) -> tuple[BlockShape, ...]:
     declared = config.get(KEY, {}).get("shapes")
     if declared is None:
         return stock
-    if len(declared) != len(stock) or not all(map(_fits, declared, stock)):
+    shared = queries_per_key(config)
+    fitting = [_fits(found, whole, shared) for found, whole in zip(declared, stock, strict=False)]
+    if len(declared) != len(stock) or not all(fitting):
+        least, most = [1] * len(_sizes(stock[-1])), _sizes(stock[-1])
         raise ModelError(
-            f"config.json declares the shapes {declared} of [heads, feed_forward]; it must be {len(stock)} pairs between "
-            f"[1, 1] and [{stock[0].heads}, {stock[0].feed_forward}]. Save or fetch the checkpoint again."
+            f"config.json declares the shapes {declared} of [heads, feed_forward]; it must be {len(stock)} pairs "
+            f"between {least} and {most}. Save or fetch the checkpoint again."
         )
     return tuple(BlockShape(*shape) for shape in declared)
 
@@ -103,13 +107,22 @@ def block_shapes(config: Mapping[str, Any]) -> tuple[BlockShape, ...]:
 def _stock_shapes(config: Mapping[str, Any], family: Family, stack: Stack) -> tuple[BlockShape, ...]:
     heads, layers = _size(config, stack.heads), _size(config, stack.layers)
     shape = BlockShape(heads, _size(config, stack.feed_forward_size), heads if stack.cross_attention else 0)
-    return (shape,) * (int(config.get("num_hidden_groups", 1)) if family.shared else layers)
+    if family.shared:
+        refuse_groups(config.get("num_hidden_groups", 1), config.get("inner_group_num", 1))
+    return (shape,) * (1 if family.shared else layers)
 
 
-def _fits(declared: object, stock: BlockShape) -> bool:
-    limits = [stock.heads, stock.feed_forward, *([stock.cross_heads] if stock.cross_heads else [])]
+def _sizes(shape: BlockShape) -> list[int]:
+    """As declared: without cross-attention where there is none."""
+    return [shape.heads, shape.feed_forward, *([shape.cross_heads] if shape.cross_heads else [])]
+
+
+def _fits(declared: object, stock: BlockShape, queries_per_key: int) -> bool:
+    """Whether the stock block can be cut to the declared one: key-value heads go whole, the last's queries singly."""
+    limits = _sizes(stock)
     return (
         isinstance(declared, list)
         and len(declared) == len(limits)
         and all(isinstance(size, int) and 1 <= size <= limit for size, limit in zip(declared, limits, strict=True))
+        and (declared[0] < queries_per_key or declared[0] % queries_per_key == 0)
     )

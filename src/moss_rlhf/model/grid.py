@@ -33,6 +33,7 @@ its scale (below 1e-38) becomes zeros.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,9 +100,14 @@ def grid_parameters(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     raises   ValueError where the weight holds inf or nan, or the groups do not fill a row.
     """
     groups = _grouped(weight, grid)
-    if not weight.isfinite().all():
+    return scale_and_zero(groups.amin(dim=2), groups.amax(dim=2), grid)  # aminmax is ten times slower
+
+
+def scale_and_zero(least: Tensor, most: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The scale, float32, and the zero, int32, of groups whose weights lie in least … most; any shape."""
+    least, most = least.double(), most.double()
+    if not is_finite(least) or not is_finite(most):
         raise ValueError("weight is not finite: the checkpoint holds inf or nan")
-    least, most = (ends.double() for ends in groups.aminmax(dim=2))
     if grid.symmetric:
         scale = _few_bits(torch.maximum(-least, most) / grid.highest, grid.scale_bits, torch.ceil)
         return scale, torch.zeros_like(scale, dtype=torch.int32)
@@ -110,8 +116,13 @@ def grid_parameters(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return scale, (-least / scale).round().clamp(0, grid.highest).to(torch.int32)
 
 
-def _few_bits(value: Tensor, bits: int, towards: Any) -> Tensor:
-    """Round float64 >= 0 to `bits` significant bits by `towards` (ceil, floor), float32; 1 where too few bits are left."""
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor holds neither inf nor nan, without a second one of its size."""
+    return bool(torch.stack([value.amin(), value.amax()]).isfinite().all())
+
+
+def _few_bits(value: Tensor, bits: int, towards: Callable[[Tensor], Tensor]) -> Tensor:
+    """Round float64 >= 0 to `bits` significant bits, float32; 1 where float32 has too few bits left."""
     mantissa, exponent = torch.frexp(value)
     rounded = torch.ldexp(towards(mantissa * 2**bits), exponent - bits)
     smallest = 2.0 ** (bits - 149)  # float32 counts in steps of 2^-149 down there

@@ -194,12 +194,30 @@ class Replay:
         two_stacks = len(self.anatomy.family.stacks) > 1
         return (labels != _IGNORED if two_stacks and block.stack == "decoder" else mask), mask
 
+    def influence(self, position: int) -> float:
+        """Mean over tokens of 1 − cos(input, output) of a block (Men et al. 2024, arXiv:2403.03853, eq. 1)."""
+        block, total, tokens = self.blocks[position], 0.0, 0
+        for index in range(len(self.batches)):
+            args, kwargs = self.inputs(position, index)
+            inside, _ = self._insides(block, index)
+            before, after = args[0] if args else kwargs["hidden_states"], first(block.module(*args, **kwargs))
+            turned = 1 - torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
+            total += float(turned[inside].sum())
+            tokens += int(inside.sum())
+        return total / max(tokens, 1)
+
     def advance(self, position: int) -> None:
         """Run a block on every batch and keep its outputs in the place of the one before."""
         block = self.blocks[position]
         for index in range(len(self.batches)):
             args, kwargs = self.inputs(position, index)
             self.states[block.stack][index] = block.module(*args, **kwargs)
+
+
+def first(output: Any) -> Tensor:
+    """The hidden states among what a block returns."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 _IGNORED = -100  # labels of padding

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from moss_rlhf.errors import ModelError
-from moss_rlhf.model.anatomy import Anatomy, Attention, Block, BlockShape, Matrix, anatomy_of, block_modules
+from moss_rlhf.model.anatomy import Anatomy, Attention, Block, BlockShape, Matrix, Stack, anatomy_of, block_modules
 
 
 @torch.no_grad()
 def keep_outputs(matrix: Matrix, kept: Tensor) -> None:
     """Keep the output features `kept` (indices, int64) of a matrix and its bias, in that order."""
     if matrix.bias is not None:
-        matrix.module.bias.data = matrix.bias[kept].clone()  # type: ignore[union-attr]
+        matrix.module.bias.data = matrix.bias[kept].clone()
     matrix.set_weight(matrix.weight[kept].clone())
 
 
@@ -38,6 +38,8 @@ def _spans(indices: Sequence[int], size: int) -> Tensor:
 def keep_heads(attention: Attention, units: Sequence[int]) -> None:
     """Keep the units `units` of one attention: rows of what makes q, k and v, columns of the output projection.
 
+    Where a family has `same_heads`, every attention of a kind in a stack must be given the same units: T5's blocks all
+    read the position biases of the lowest one, whose columns follow its heads.
     raises   ModelError where none would stay.
     """
     if not len(units):
@@ -68,7 +70,7 @@ def _producer_rows(attention: Attention, heads: Sequence[int], pairs: Sequence[i
 
 @torch.no_grad()
 def _keep_columns(table: nn.Embedding, kept: Tensor) -> None:
-    table.weight.data = table.weight.data[:, kept].clone()
+    table.weight.data = table.weight.data[:, kept].contiguous()
     table.embedding_dim = len(kept)
 
 
@@ -103,25 +105,43 @@ def keep_hidden(network: Any, kept: Tensor) -> None:
     classifier keeps the same features on both sides.
     """
     anatomy = anatomy_of(network)
-    size, seen = anatomy.hidden_size, set()
+    _refuse_equal_sizes(network.config, anatomy)
     for block in anatomy.blocks:
-        for part in (*block.attentions, block.feed_forward):
+        for part in block.parts:
             for matrix in part.matrices[:-1]:
                 keep_inputs(matrix, kept)
             keep_outputs(part.matrices[-1], kept)
-        seen |= {id(matrix.module) for matrix in block.matrices}
-    head = network.get_output_embeddings()
+    cut = {id(parameter) for matrix in anatomy.matrices for parameter in matrix.module.parameters()}
+    matrices, head = {id(matrix.module) for matrix in anatomy.matrices}, network.get_output_embeddings()
     for module in network.modules():
-        if id(module) not in seen:
-            _keep_features(module, size, kept, table=isinstance(module, nn.Embedding) or module is head)
+        if id(module) not in matrices:
+            table = isinstance(module, nn.Embedding) or module is head
+            _keep_features(module, anatomy.hidden_size, kept, table, cut)
 
 
-def _keep_features(module: nn.Module, size: int, kept: Tensor, table: bool) -> None:
-    """Cut the axes of one module that carry the hidden size: of a table (rows are tokens or positions) its columns."""
+def _refuse_equal_sizes(config: Any, anatomy: Anatomy) -> None:
+    """Outside the blocks an axis is known by its size alone."""
+    size, stock = anatomy.hidden_size, getattr(config, anatomy.family.hidden)
+    others = {name: getattr(config, name, None) for name in ("embedding_size", "word_embed_proj_dim")}
+    equal = [name for name, value in others.items() if value == size != stock]
+    equal += ["num_labels"] if config.num_labels == size else []
+    if equal:
+        raise ModelError(
+            f"{equal[0]} and the hidden size are both {size}: what carries which can't be told apart. Narrow the "
+            "hidden size in one step, or leave it."
+        )
+
+
+def _keep_features(module: nn.Module, size: int, kept: Tensor, table: bool, cut: set[int]) -> None:
+    """Cut the axes of one module that carry the hidden size: of a table (rows are tokens or positions) its columns.
+
+    cut   ids of the parameters that are done: tied ones stand in several modules. Grows.
+    """
     for parameter in dict(module.named_parameters(recurse=False)).values():
         axes = [axis for axis in range(parameter.dim()) if parameter.shape[axis] == size]
-        for axis in [1] if table and parameter.dim() == 2 and 1 in axes else [] if table else axes:
-            parameter.data = parameter.data.index_select(axis, kept).clone()
+        for axis in [] if id(parameter) in cut else [1] if table and 1 in axes else [] if table else axes:
+            parameter.data = parameter.data.index_select(axis, kept.to(parameter.device)).contiguous()
+        cut.add(id(parameter))
     _declare_features(module, size, len(kept), table)
 
 
@@ -142,40 +162,49 @@ def keep_blocks(network: Any, kept: Sequence[int]) -> None:
     raises   ModelError where blocks are shared, a stack would lose all of its blocks, or its first one must stay.
     """
     anatomy = anatomy_of(network)
-    _refuse_blocks(anatomy, kept)
+    _refuse_blocks(network.config, anatomy, kept)
     for stack in anatomy.family.stacks:
         blocks = anatomy.stack(stack.name)
         positions = [index for index in kept if anatomy.blocks[index].stack == stack.name]
         staying = [anatomy.blocks[index] for index in positions]
-        _carry_position_bias(blocks[0], staying[0])
-        _put_blocks(network, stack.blocks, [block.module for block in staying])
+        _move_position_bias(blocks[0].attention, staying[0].attention)
+        _put_blocks(network, stack, nn.ModuleList(block.module for block in staying))
         setattr(network.config, stack.layers, len(staying))
         _follow(network.config, [block.index for block in staying], len(blocks))
     _number_blocks(network)
 
 
-def _refuse_blocks(anatomy: Anatomy, kept: Sequence[int]) -> None:
+def _refuse_blocks(config: Any, anatomy: Anatomy, kept: Sequence[int]) -> None:
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise ModelError(
+            "its attention is scaled by the layer's number (scale_attn_by_inverse_layer_idx): none can go."
+        )
     if anatomy.family.shared:
         raise ModelError("its layers share one block: there is none to drop or merge. Narrow, prune or quantize it.")
     for stack in anatomy.family.stacks:
         indices = [anatomy.blocks[index].index for index in kept if anatomy.blocks[index].stack == stack.name]
         if not indices:
             raise ModelError(f"the {stack.name} can't lose all of its layers; keep at least one.")
-        if anatomy.family.first_stays and 0 not in indices:
-            raise ModelError("its first block reads the embeddings without a norm of its own and must stay.")
+        if anatomy.family.first_stays and indices[0] != 0:
+            raise ModelError("its first block reads the embeddings without a norm of its own and must stay the first.")
 
 
-def _carry_position_bias(lowest: Block, staying: Block) -> None:
-    table = lowest.attention.position_bias
-    if table is not None and staying is not lowest:
-        module: Any = staying.attention.module
-        module.add_module(staying.attention.row.position_bias, table)
-        module.has_relative_attention_bias = True
+def _move_position_bias(source: Attention, target: Attention) -> None:
+    """T5's stack has one table of position biases, in the attention of its lowest block."""
+    if source.position_bias is None or source.module is target.module:
+        return
+    giver, taker, name = source.module, target.module, str(source.row.position_bias)
+    taker.add_module(name, source.position_bias)
+    delattr(giver, name)
+    for module, has in ((giver, False), (taker, True)):
+        module.has_relative_attention_bias = has  # type: ignore[assignment]
 
 
-def _put_blocks(network: Any, path: str, modules: Sequence[nn.Module]) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(network.base_model.get_submodule(parent), name, nn.ModuleList(modules))
+def _put_blocks(network: Any, stack: Stack, blocks: nn.Module) -> None:
+    path, _, name = stack.blocks.rpartition(".")
+    parent = network.base_model.get_submodule(path)
+    blocks.training = parent.training
+    setattr(parent, name, blocks)
 
 
 def _follow(config: Any, kept: Sequence[int], layers: int) -> None:
@@ -198,26 +227,20 @@ def only_blocks(network: Any, kept: Sequence[int]) -> Iterator[None]:
     """The network with the blocks `kept` alone, for a while; raises as `keep_blocks` does."""
     anatomy, config = anatomy_of(network), network.config
     types = getattr(config, "layer_types", None)
+    lists = [network.base_model.get_submodule(stack.blocks) for stack in anatomy.family.stacks]
     keep_blocks(network, kept)
     lowest = {stack.name: anatomy_of(network).stack(stack.name)[0] for stack in anatomy.family.stacks}
     try:
         yield
     finally:
-        for stack in anatomy.family.stacks:
+        for stack, modules in zip(anatomy.family.stacks, lists, strict=True):
             blocks = anatomy.stack(stack.name)
-            _return_position_bias(blocks[0], lowest[stack.name])
-            _put_blocks(network, stack.blocks, [block.module for block in blocks])
+            _move_position_bias(lowest[stack.name].attention, blocks[0].attention)
+            _put_blocks(network, stack, modules)
             setattr(config, stack.layers, len(blocks))
         if types is not None:
             config.layer_types = types
         _number_blocks(network)
-
-
-def _return_position_bias(lowest: Block, lent: Block) -> None:
-    if lowest.attention.position_bias is not None and lent.module is not lowest.module:
-        module: Any = lent.attention.module
-        delattr(module, str(lent.attention.row.position_bias))
-        module.has_relative_attention_bias = False
 
 
 def reshape(network: Any, shapes: Sequence[BlockShape], hidden: int | None = None) -> None:
@@ -233,5 +256,7 @@ def reshape(network: Any, shapes: Sequence[BlockShape], hidden: int | None = Non
 
 
 def _reshape_attention(attention: Attention, heads: int) -> None:
+    if heads < attention.heads_per_unit:  # one key-value head is left, and of its queries not all
+        keep_heads(attention, [0])
     if heads != attention.heads:
         keep_heads(attention, range(heads // attention.heads_per_unit))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.grid import quantized_weights, round_to_int8
+from moss_rlhf.model.quantization import Quantization
 from moss_rlhf.model.processor import fast_int8, processor_flags
 
 
@@ -29,7 +30,7 @@ def quantize(model: Model) -> dict[str, object]:
     errors = {name: _relative(rounded[name] - parameter, parameter) for name, parameter in weights.items()}
     for name, parameter in weights.items():
         parameter.copy_(rounded[name])
-    model.quantization = "int8"
+    model.quantization = Quantization("int8")
     worst = sorted(errors, key=lambda name: -errors[name])[:3]
     return {
         "scheme": "int8, symmetric, one scale an output channel and a token; activations dynamic",

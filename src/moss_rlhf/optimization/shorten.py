@@ -1,30 +1,47 @@
-"""Shorten the stack: drop whole blocks.
+"""Shorten a stack: drop whole blocks, or merge neighbours into one.
 
-Two scores. `loss` measures what dropping a block costs: blocks go one at a time, always the one whose loss without it
-is lowest. `angular` (Gromov et al. 2024, arXiv:2403.17887, §3.2) needs one pass: the n neighbouring blocks go that turn
-their input least, d(l) = arccos(cos(x_l, x_{l+n})) / π, the mean over tokens.
+A shortened network is a list of groups of its old blocks: each group becomes one block, what is in no group is dropped.
+`score` says which groups. `loss` measures what each possible step costs and takes the cheapest, one block at a time;
+`angular` and `block_influence` (see `layer_scores`) need one forward pass and no labels. `how` says what a group of
+several blocks becomes (see `merging`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moss_rlhf.errors import ModelError
+from moss_rlhf.errors import ModelError, nearest
+from moss_rlhf.model.anatomy import Anatomy, Block
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.surgery import keep_blocks, only_blocks
+from moss_rlhf.optimization.block_states import own_tokens, replaced, traced
 from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches, mean_loss
-from moss_rlhf.progress import Progress
+from moss_rlhf.optimization.layer_scores import angular_distance, block_influence, span_distances
+from moss_rlhf.optimization.merging import Merged, average, collapse, fit_block, hindrance, merge_weights
+from moss_rlhf.progress import Bar, Progress
 from moss_rlhf.tasks.loading import encoded
 
+How = Literal["drop", "merge_average", "merge_collapse", "merge_least_squares", "auto"]
+Score = Literal["loss", "angular", "block_influence"]
+WhichStack = Literal["auto", "encoder", "decoder"]
+Group = tuple[int, ...]  # positions in `anatomy.blocks`, neighbours in one stack, that become one block
+Groups = tuple[Group, ...]
+Scores = list[dict[str, float]]
 
-def angular_distance(before: Tensor, after: Tensor) -> Tensor:
-    """Arccos of the cosine over π, in 0 … 1, of each token. before, after (…, hidden); returns (…)."""
-    cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
-    return torch.arccos(cosine.clamp(-1, 1)) / math.pi
+_FORMULAS: Mapping[str, Callable[[Sequence[Tensor]], Tensor]] = {
+    "merge_average": average,
+    "merge_collapse": collapse,
+}
+_HELD_OUT = 4  # every fourth row, where ways are compared
+_ROWS_COMPARED = 64  # for the similarity of last states: LaCo compares few sentences
 
 
 def shorten(
@@ -32,69 +49,436 @@ def shorten(
     train: Any,
     *,
     remove: int = 1,
-    score: Literal["loss", "angular"] = "loss",
+    how: How = "drop",
+    score: Score = "loss",
+    stack: WhichStack = "auto",
+    similarity: float | None = None,
     rows: int = 512,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, object]:
-    """Drop `remove` blocks in place; returns the facts: which went, and every candidate's score.
+    """Take `remove` blocks out of the network, in place; returns the facts: which, how, and every candidate's score.
 
-    train    rows with labels; `rows` of them, drawn by `seed`, are scored on.
-    raises   ModelError on a quantized model, or where no block would stay.
+    train        rows of the task; `rows` of them, drawn by `seed`, are measured on.
+    how          auto: every way is tried on three quarters of the rows; the one of lowest loss on the rest is kept.
+    stack        of an encoder-decoder: the one that loses blocks; auto: both may, the score decides.
+    similarity   the least mean cosine, in (0, 1], that merges must keep between the network's last states and the old
+                 ones (LaCo's threshold). None: no limit.
+    raises       ModelError on a quantized model or shared layers, where no block would stay, where blocks can't be
+                 merged, or where no merge is as similar as asked for. The model is as it was then.
     """
-    depth = len(model.anatomy.blocks)
-    if model.quantization:
-        raise ModelError("shorten: the model is quantized already; shorten it before, then quantize.")
-    if not 0 < remove < depth:
-        raise ModelError(
-            f"shorten: can't remove {remove} of {depth} layers; at least one must stay and one must go. "
-            f"Give 1 to {depth - 1}."
-        )
+    _refuse(model, remove, how=how, score=score, stack=stack, similarity=similarity, rows=rows)
+    anatomy = model.anatomy
     sample = calibration_rows(encoded(model, train), rows, seed)
-    choose = _by_loss if score == "loss" else _by_angle
-    dropped, scores = choose(model, sample, remove, progress or Progress(quiet=True))
-    keep_blocks(model.network, [index for index in range(depth) if index not in dropped])
-    left = {id(parameter) for parameter in model.network.parameters()}
-    model.pruned = [parameter for parameter in model.pruned if id(parameter) in left]
+    progress = progress or Progress(quiet=True)
+    if how == "auto":
+        found, facts = _best_way(
+            model, sample, remove, score=score, stack=stack, similarity=similarity, progress=progress
+        )
+    else:
+        found = _search(_Way(model, how, stack, sample, similarity), remove, score, progress)
+        facts = {"loss": mean_loss_of(found.way, found.groups, sample), "rows_scored": len(sample)}
+    masks = found.way.commit(found.groups)
+    return _facts(anatomy, found, score) | facts | masks
+
+
+# --- the ways ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Way:
+    """One way of making blocks fewer. Nothing here changes the model for good but `commit`."""
+
+    model: Model
+    how: str
+    stack: str
+    sample: Any
+    similarity: float | None = None
+    _known: dict[Group, Merged] = field(default_factory=dict)
+    _old_states: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.anatomy = self.model.anatomy
+        self.blocks = self.anatomy.blocks
+        self.eligible = _eligible(self.anatomy, self.stack)
+
+    def of(self, group: Group) -> list[Block]:
+        return [self.blocks[index] for index in group]
+
+    def hindrance(self, group: Group) -> str | None:
+        return hindrance(self.of(group)) if self.how in _FORMULAS else None
+
+    def merged(self, group: Group) -> Merged:
+        """What a group becomes; kept, for a greedy search asks again."""
+        if group not in self._known:
+            self._known[group] = self._merge(group)
+        return self._known[group]
+
+    def _merge(self, group: Group) -> Merged:
+        members = self.of(group)
+        if len(members) == 1:
+            return Merged(members[0])
+        if self.how in _FORMULAS:
+            return merge_weights(members, _FORMULAS[self.how])
+        batches = labelled_batches(self.model, self.sample)
+        return fit_block(self.model.network, batches, members, self.model.pruned)
+
+    def realised(self, groups: Groups) -> tuple[list[int], dict[nn.Parameter, Tensor]]:
+        """(positions of the blocks that stay, the values of their parameters that are new)."""
+        merged = [self.merged(group) for group in groups]
+        values = {parameter: value for part in merged for parameter, value in part.weights.items()}
+        return [group[self.of(group).index(part.base)] for group, part in zip(groups, merged, strict=True)], values
+
+    @contextmanager
+    def applied(self, groups: Groups) -> Iterator[None]:
+        """The network shortened, for a while."""
+        kept, values = self.realised(groups)
+        with replaced(values), only_blocks(self.model.network, kept):
+            yield
+
+    def steps(self, groups: Groups) -> dict[str, Groups]:
+        """Everything that makes `groups` one block fewer, by what it does."""
+        if self.how == "drop":
+            return dict(_drops(self, groups))
+        steps = dict(_joins(self, groups))
+        possible = {name: step for name, step in steps.items() if not any(map(self.hindrance, step))}
+        if steps and not possible:
+            reason = next(filter(None, (self.hindrance(group) for step in steps.values() for group in step)))
+            raise ModelError(f"shorten: {self.how} needs neighbours of equal shapes; {reason}. {_INSTEAD}")
+        return possible
+
+    def alike(self, groups: Groups) -> float:
+        """The mean cosine between the shortened network's last states and the old ones."""
+        if not self._old_states:
+            self._old_states = _last_states(self.model, self.sample)
+        with self.applied(groups):
+            new = _last_states(self.model, self.sample)
+        cosine = [1 - block_influence(old, now) for old, now in zip(self._old_states, new, strict=True)]
+        return float(torch.cat(cosine).mean())
+
+    def commit(self, groups: Groups) -> dict[str, object]:
+        """Shorten the network; what became of pruned zeros, where merging touched any."""
+        kept, values = self.realised(groups)
+        touched = [parameter for parameter in self.model.pruned if parameter in values]
+        before = sum(_zeros(parameter) for parameter in touched)
+        for parameter, value in values.items():
+            parameter.data.copy_(value)
+        keep_blocks(self.model.network, kept)
+        left = {id(parameter) for parameter in self.model.network.parameters()}
+        still = {id(parameter) for parameter in touched if _zeros(parameter)}
+        lost = {id(parameter) for parameter in touched} - still
+        self.model.pruned = [part for part in self.model.pruned if id(part) in left - lost]
+        after = sum(_zeros(parameter) for parameter in touched)
+        if after == before:
+            return {}
+        return {
+            "pruned_zeros": f"{before} → {after}: of merged matrices only zeros that all of them share are left",
+            "no_longer_pruned": len(lost),
+        }
+
+
+_INSTEAD = "Drop instead, merge by least squares, or shorten before narrowing."
+
+
+def _zeros(parameter: nn.Parameter) -> int:
+    return parameter.numel() - int(torch.count_nonzero(parameter))
+
+
+def _last_states(model: Model, sample: Any) -> list[Tensor]:
+    """What leaves the last block on the first rows, (tokens, hidden) a batch; padding left out."""
+    anatomy, states = model.anatomy, []
+    last = anatomy.blocks[-1]
+    few = sample.select(range(0, len(sample), max(1, len(sample) // _ROWS_COMPARED)))
+    model.network.eval()
+    for batch in labelled_batches(model, few):
+        with torch.no_grad(), traced([last]) as (trace,):
+            model.network(**batch[0])
+        states.append(trace.left[own_tokens(anatomy, last, batch)])
+    return states
+
+
+# --- groups --------------------------------------------------------------------------------------------------------
+
+
+def _eligible(anatomy: Anatomy, stack: str) -> set[int]:
+    """Positions of the blocks that may go or be merged."""
     return {
-        "layers": f"{depth} → {depth - remove}",
-        "dropped": sorted(dropped),
-        "score": score,
-        "scores": scores,
-        "rows_scored": len(sample),
-        "faster_here": f"yes: {remove} of {depth} blocks are not computed any more",
+        index
+        for index, block in enumerate(anatomy.blocks)
+        if stack in ("auto", block.stack) and not (anatomy.family.first_stays and block.index == 0)
     }
 
 
-def _by_loss(model: Model, sample: Any, remove: int, progress: Progress) -> tuple[list[int], list[dict[str, float]]]:
-    dropped: list[int] = []
-    rounds: list[dict[str, float]] = []
-    depth = len(model.anatomy.blocks)
-    with progress.bar("dropping layers", sum(depth - count for count in range(remove))) as bar:
+def _drops(way: _Way, groups: Groups) -> Iterator[tuple[str, Groups]]:
+    for group in groups:
+        rest = tuple(other for other in groups if other != group)
+        alone = all(way.blocks[other[0]].stack != way.blocks[group[0]].stack for other in rest)
+        if group[0] in way.eligible and not alone:
+            yield f"without {_one(way.blocks[group[0]])}", rest
+
+
+def _joins(way: _Way, groups: Groups) -> Iterator[tuple[str, Groups]]:
+    for at, (below, above) in enumerate(pairwise(groups)):
+        joined = below + above
+        if way.eligible.issuperset(joined) and len({block.stack for block in way.of(joined)}) == 1:
+            yield f"with {_several(way.of(joined))} merged", (*groups[:at], joined, *groups[at + 2 :])
+
+
+def _absorb(way: _Way, gone: set[int]) -> Groups:
+    """Each block of `gone` becomes one with the group below it; above it, where there is none that may change."""
+    groups: list[Group] = []
+    waiting: Group = ()
+    for index in range(len(way.blocks)):
+        if index not in gone:
+            groups.append((*waiting, index))
+            waiting = ()
+        elif groups and groups[-1][0] in way.eligible and way.blocks[index].stack == way.blocks[groups[-1][0]].stack:
+            groups[-1] = (*groups[-1], index)
+        else:
+            waiting = (*waiting, index)
+    return tuple(groups)
+
+
+def _one(block: Block) -> str:
+    return block.name.replace(".", " ")
+
+
+def _several(blocks: Sequence[Block]) -> str:
+    kind = blocks[0].name.partition(".")[0].replace("block", "blocks")
+    return f"{kind} {blocks[0].index}–{blocks[-1].index}"
+
+
+# --- the search ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where a search ended, and every candidate's score on the way."""
+
+    way: _Way
+    groups: Groups
+    scores: Scores
+
+
+def _best_way(
+    model: Model, sample: Any, remove: int, *, score: str, stack: str, similarity: float | None, progress: Progress
+) -> tuple[_Found, dict[str, object]]:
+    """Search by every way on some rows, and keep the one that loses least on the others."""
+    held_out, scored = _split(sample)
+    losses: dict[str, float] = {}
+    impossible: dict[str, str] = {}
+    found: dict[str, _Found] = {}
+    for how in (name for name in get_args(How) if name != "auto"):
+        try:
+            _refuse_count(model.anatomy, remove, how, score, stack)
+            threshold = None if how == "drop" else similarity
+            found[how] = _search(_Way(model, how, stack, scored, threshold), remove, score, progress)
+            losses[how] = mean_loss_of(found[how].way, found[how].groups, held_out)
+        except ModelError as error:
+            impossible[how] = str(error)
+    if not losses:
+        raise ModelError(impossible["drop"])
+    best = min(losses, key=lambda how: losses[how] if math.isfinite(losses[how]) else math.inf)
+    facts: dict[str, object] = {"loss": losses[best], "candidates": losses, "loss_before": mean_loss(model, held_out)}
+    facts |= {"rows_scored": len(scored), "rows_held_out": len(held_out)}
+    return found[best], facts | ({"impossible": impossible} if impossible else {})
+
+
+def _split(sample: Any) -> tuple[Any, Any]:
+    """(held out, the rest): every fourth row, lengths alike; one row alone serves as both."""
+    held_out = sample.select(range(0, len(sample), _HELD_OUT))
+    rest = sample.select([index for index in range(len(sample)) if index % _HELD_OUT])
+    return held_out, rest if len(rest) else held_out
+
+
+def mean_loss_of(way: _Way, groups: Groups, sample: Any) -> float:
+    """The mean loss of a network so shortened."""
+    with way.applied(groups):
+        return mean_loss(way.model, sample)
+
+
+def _search(way: _Way, remove: int, score: str, progress: Progress) -> _Found:
+    if score == "loss":
+        return _by_loss(way, remove, progress)
+    return _by_states(way, remove, score, progress)
+
+
+def _by_loss(way: _Way, remove: int, progress: Progress) -> _Found:
+    groups: Groups = tuple((index,) for index in range(len(way.blocks)))
+    scores: Scores = []
+    total = sum(len(way.eligible) - count for count in range(remove))
+    with progress.bar(f"shortening: {way.how.replace('_', ' ')}", total) as bar:
         for _ in range(remove):
-            losses = {}
-            for index in sorted(set(range(depth)) - set(dropped)):
-                staying = [block for block in range(depth) if block not in (*dropped, index)]
-                with only_blocks(model.network, staying):
-                    losses[index] = mean_loss(model, sample)
-                bar.advance()
-            dropped.append(min(losses, key=lambda index: (losses[index], index)))
-            rounds.append({f"loss without block {index}": loss for index, loss in losses.items()})
-    return dropped, rounds
+            groups, round_scores = _cheapest(way, groups, bar)
+            scores.append(round_scores)
+    return _Found(way, groups, scores)
 
 
-def _by_angle(model: Model, sample: Any, remove: int, progress: Progress) -> tuple[list[int], list[dict[str, float]]]:
-    total, tokens = torch.zeros(len(model.anatomy.blocks) - remove + 1, dtype=torch.float64), 0
-    model.network.eval()
-    for inputs, _ in progress.track(labelled_batches(model, sample), "scoring layers"):
-        with torch.inference_mode():
-            states = model.network(**inputs, output_hidden_states=True).hidden_states
-        inside = inputs["attention_mask"].bool()
-        distances = [angular_distance(states[low], states[low + remove])[inside] for low in range(len(total))]
-        total += torch.stack([distance.sum() for distance in distances]).cpu()
-        tokens += int(inside.sum())
-    mean = total / tokens
-    low = int(mean.argmin())
-    return list(range(low, low + remove)), [
-        {f"angle over blocks {start}–{start + remove - 1}": float(value) for start, value in enumerate(mean)}
+def _cheapest(way: _Way, groups: Groups, bar: Bar) -> tuple[Groups, dict[str, float]]:
+    """The step of lowest loss, the lowest in the network where several are, and all losses."""
+    steps, alike = way.steps(groups), dict[str, float]()
+    losses: dict[str, float] = {}
+    for name, step in steps.items():
+        if way.similarity is not None:
+            alike[f"similarity {name}"] = way.alike(step)
+        losses[f"loss {name}"] = mean_loss_of(way, step, way.sample)
+        bar.advance()
+    open_to = [
+        (loss, step)
+        for (name, step), loss in zip(steps.items(), losses.values(), strict=True)
+        if math.isfinite(loss) and alike.get(f"similarity {name}", 1.0) >= (way.similarity or -1.0)
     ]
+    if not open_to:
+        raise ModelError(_none_left(way, alike))
+    return min(open_to, key=lambda pair: pair[0])[1], losses | alike
+
+
+def _none_left(way: _Way, alike: Mapping[str, float]) -> str:
+    if alike:
+        return (
+            f"shorten: no merge keeps the last states as similar as {way.similarity}; the best reaches "
+            f"{max(alike.values()):.3f}. Give a lower similarity, or remove fewer layers."
+        )
+    return (
+        "shorten: the loss is not finite whatever is taken out: the checkpoint holds inf or nan, or overflows. "
+        "Fine-tune again with a lower learning rate, or fetch the checkpoint again."
+    )
+
+
+def _by_states(way: _Way, remove: int, score: str, progress: Progress) -> _Found:
+    batches = progress.track(labelled_batches(way.model, way.sample), "scoring layers")
+    if score == "angular":
+        spans = _spans(way, remove)
+        found = span_distances(way.model.network, batches, spans, angular_distance)
+        names = [f"angle over {_several(way.of(span))}" for span in spans]
+        gone = set(spans[found.index(min(found))])
+    else:
+        spans = [tuple([index]) for index in sorted(way.eligible)]
+        found = span_distances(way.model.network, batches, spans, block_influence)
+        names = [f"influence of {_one(way.blocks[span[0]])}" for span in spans]
+        gone = _least_influential(way, spans, found, remove)
+    groups = tuple((index,) for index in range(len(way.blocks)) if index not in gone)
+    if way.how != "drop":
+        groups = _merging(way, gone)
+    return _Found(way, groups, [dict(zip(names, found, strict=True))])
+
+
+def _spans(way: _Way, remove: int) -> list[Group]:
+    """All runs of `remove` neighbours that may go and leave their stack a block."""
+    spans = []
+    for start in range(len(way.blocks) - remove + 1):
+        span = tuple(range(start, start + remove))
+        stacks = {block.stack for block in way.of(span)}
+        if way.eligible.issuperset(span) and len(stacks) == 1 and len(way.anatomy.stack(min(stacks))) > remove:
+            spans.append(span)
+    return spans
+
+
+def _least_influential(way: _Way, spans: Sequence[Group], influence: Sequence[float], remove: int) -> set[int]:
+    """The blocks of lowest influence, one staying in each stack; ties go to the lower block."""
+    gone: set[int] = set()
+    left = {name: len(way.anatomy.stack(name)) for name in ("encoder", "decoder")}
+    if way.how != "drop" and way.anatomy.family.first_stays:
+        left = {name: count - 1 for name, count in left.items()}
+    for _, (index,) in sorted(zip(influence, spans, strict=True)):
+        name = way.blocks[index].stack
+        if len(gone) < remove and left[name] > 1:
+            gone.add(index)
+            left[name] -= 1
+    return gone
+
+
+def _merging(way: _Way, gone: set[int]) -> Groups:
+    """The groups in which `gone` are merged into their neighbours."""
+    groups = _absorb(way, gone)
+    for group in groups:
+        reason = way.hindrance(group)
+        if reason:
+            raise ModelError(f"shorten: {way.how} needs neighbours of equal shapes; {reason}. {_INSTEAD}")
+    if way.similarity is not None:
+        reached = way.alike(groups)
+        if reached < way.similarity:
+            raise ModelError(_none_left(way, {"": reached}))
+    return groups
+
+
+# --- what is refused, and what is told -----------------------------------------------------------------------------
+
+
+def _refuse(
+    model: Model, remove: int, *, how: str, score: str, stack: str, similarity: float | None, rows: int
+) -> None:
+    for name, value, known in (("how", how, How), ("score", score, Score), ("stack", stack, WhichStack)):
+        if value not in get_args(known):
+            raise ModelError(f"shorten: {name} {value!r} is not known; {nearest(str(value), get_args(known))}")
+    if model.quantization:
+        raise ModelError("shorten: the model is quantized already; shorten it before, then quantize.")
+    anatomy = model.anatomy
+    try:
+        with only_blocks(model.network, range(len(anatomy.blocks))):
+            pass  # surgery knows what can't lose a block
+    except ModelError as error:
+        raise ModelError(f"shorten: {error}") from None
+    stacks = [part.name for part in anatomy.family.stacks]
+    if stack not in ("auto", *stacks):
+        raise ModelError(f"shorten: the model has no {stack}, only one {stacks[0]}. Leave stack at 'auto'.")
+    if similarity is not None and (how == "drop" or not 0 < similarity <= 1):
+        raise ModelError(
+            f"shorten: similarity is a cosine in (0, 1] that merges must keep, got {similarity} with how {how!r}. Give "
+            "a number such as 0.65 with a merge, or leave it out."
+        )
+    if rows < 1:
+        raise ModelError(f"shorten: rows must be at least 1, got {rows}. Give a number such as 512.")
+    _refuse_count(anatomy, remove, "drop" if how == "auto" else how, score, stack)
+
+
+def _refuse_count(anatomy: Anatomy, remove: int, how: str, score: str, stack: str) -> None:
+    """ModelError where so many blocks can't go."""
+    chosen = [part.name for part in anatomy.family.stacks if stack in ("auto", part.name)]
+    fixed = 1 if how != "drop" and anatomy.family.first_stays else 0  # stays, and can't take others in
+    spare = [max(0, len(anatomy.stack(name)) - 1 - fixed) for name in chosen]
+    most = max(spare) if score == "angular" else sum(spare)
+    depth = sum(len(anatomy.stack(name)) for name in chosen)
+    if not most:
+        verb = "removed" if how == "drop" else "merged"
+        raise ModelError(f"shorten: of {depth} layers none can be {verb}; leave this stage out.")
+    if not 0 < remove <= most:
+        raise ModelError(
+            f"shorten: can't remove {remove} of {depth} layers; at least one must stay and one must go"
+            f"{', of each stack' if len(chosen) > 1 else ''}. Give 1 to {most}."
+        )
+
+
+def _facts(anatomy: Anatomy, found: _Found, score: str) -> dict[str, object]:
+    merged = {group: found.way.merged(group) for group in found.groups if len(group) > 1}
+    kept = found.way.realised(found.groups)[0]
+    gone = [index for index in range(len(anatomy.blocks)) if index not in kept]
+    facts: dict[str, object] = {
+        "layers": _depths(anatomy, gone),
+        "how": found.way.how,
+        "dropped": gone,
+        "score": score,
+        "scores": found.scores,
+    }
+    if merged:
+        facts["merged"] = {
+            part.base.name: [anatomy.blocks[index].name for index in group] for group, part in merged.items()
+        }
+    errors = {part.base.name: part.error for part in merged.values() if part.error is not None}
+    return facts | ({"fit_error": errors} if errors else {}) | {"faster_here": _faster(anatomy, gone)}
+
+
+def _depths(anatomy: Anatomy, gone: Sequence[int]) -> str:
+    stacks = [part.name for part in anatomy.family.stacks]
+    lost = {name: sum(anatomy.blocks[index].stack == name for index in gone) for name in stacks}
+    depths = {name: f"{len(anatomy.stack(name))} → {len(anatomy.stack(name)) - lost[name]}" for name in stacks}
+    if len(stacks) == 1:
+        return depths[stacks[0]]
+    return ", ".join(f"{name} {depth}" for name, depth in depths.items())
+
+
+def _faster(anatomy: Anatomy, gone: Sequence[int]) -> str:
+    said = f"{len(gone)} of {len(anatomy.blocks)} blocks are not computed any more"
+    if len(anatomy.family.stacks) > 1 and all(anatomy.blocks[index].stack == "encoder" for index in gone):
+        return f"a little: {said}, but all in the encoder, which runs once a text, and the decoder once a token"
+    return f"yes: {said}"

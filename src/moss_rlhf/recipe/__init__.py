@@ -1,22 +1,21 @@
 """What the user asks for: typed, frozen, unknown keys refused. Imports no torch."""
 
 from moss_rlhf.recipe.reading import apply_override, make_recipe, parse_yaml, read_recipe, recipe_values, recipe_yaml
-from moss_rlhf.recipe.schema import (
-    DataSpec,
+from moss_rlhf.recipe.schema import DataSpec, EvaluateSpec, Recipe, SplitLayout, stages_before_compression
+from moss_rlhf.recipe.stages import (
     DistillSpec,
     EarlyStoppingSpec,
-    EvaluateSpec,
     FinetuneSpec,
+    MovementSpec,
     NarrowSpec,
     PruneSpec,
+    QuantizationAwareSpec,
     QuantizeSpec,
-    Recipe,
+    SensitivitySpec,
     ShortenSpec,
-    SplitLayout,
-    StageSpec,
+    TrimVocabularySpec,
     stage_kind,
     stage_spec,
-    stages_before_compression,
 )
 
 __all__ = [
@@ -25,13 +24,16 @@ __all__ = [
     "EarlyStoppingSpec",
     "EvaluateSpec",
     "FinetuneSpec",
+    "MovementSpec",
     "NarrowSpec",
     "PruneSpec",
+    "QuantizationAwareSpec",
     "QuantizeSpec",
     "Recipe",
+    "SensitivitySpec",
     "ShortenSpec",
     "SplitLayout",
-    "StageSpec",
+    "TrimVocabularySpec",
     "apply_override",
     "make_recipe",
     "parse_yaml",

@@ -11,7 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from moss_rlhf.errors import RecipeError
-from moss_rlhf.recipe.schema import OUR_FAULTS, STAGE_KINDS, Recipe
+from moss_rlhf.recipe.schema import Recipe
+from moss_rlhf.recipe.spec import OUR_FAULTS
+from moss_rlhf.recipe.stages import STAGE_KINDS
 
 _INT = re.compile(r"[-+]?(0|[1-9][\d_]*)$")
 _FLOAT = re.compile(r"[-+]?((\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$")

@@ -1,0 +1,248 @@
+"""Prune: set single weights to zero by magnitude, Wanda or SparseGPT. The driver; the solvers are pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moss_rlhf.errors import ModelError
+from moss_rlhf.model.anatomy import Matrix
+from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.replay import InputStatistics, calibrate
+from moss_rlhf.optimization.allocation import outlier_ratio, sparsities_by_outliers
+from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches
+from moss_rlhf.optimization.magnitude import global_magnitude_masks
+from moss_rlhf.optimization.patterns import Pattern, parse_pattern, pattern_mask
+from moss_rlhf.optimization.sensitivity import sensitivity, sparsities_by_damage
+from moss_rlhf.optimization.sparsegpt import prune_by_sparsegpt
+from moss_rlhf.optimization.wanda import wanda_score
+from moss_rlhf.progress import Progress
+from moss_rlhf.tasks.loading import encoded
+
+Method = Literal["magnitude", "wanda", "sparsegpt"]
+Allocation = Literal["uniform", "outliers", "sensitivity"]
+
+_VERDICT = {
+    "unstructured": "no: unstructured zeros keep every shape, and no runtime here leaves them out",
+    "n:m": "no: n:m zeros are left out by some GPUs' sparse kernels only; on a processor they are multiplied",
+    "block": "no: no runtime here leaves out blocks of zeros",
+}
+
+
+def prune(
+    model: Model,
+    train: Any = None,
+    *,
+    sparsity: float | None = None,
+    method: Method = "magnitude",
+    pattern: str = "unstructured",
+    scope: Literal["layer", "global"] = "layer",
+    allocation: Allocation = "uniform",
+    rows: int = 128,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, object]:
+    """Zero weights of the blocks' matrices, in place; returns the facts. The zeros stay zero in later fine-tuning.
+
+    train        rows; `rows` of them, drawn by `seed`, are what Wanda, SparseGPT and the allocations measure on.
+    sparsity     share of every matrix, in (0, 1); None where the pattern n:m says it.
+    method       magnitude (Han et al. 2015), wanda (Sun et al. 2023) or sparsegpt (Frantar & Alistarh 2023), which also
+                 changes the weights that stay. Blocks are measured in order, each on the outputs of the pruned ones.
+    pattern      unstructured, n:m such as 2:4, or a block such as 4x1.
+    scope        magnitude only: one threshold a matrix ("layer"), or one for all ("global").
+    allocation   uniform: the same share everywhere; outliers: blocks with more outlying activations keep more (Yin et
+                 al. 2023); sensitivity: shares that cost the least loss together, from `model.sensitivity`, which is
+                 measured first where it is missing.
+    raises       ModelError on a quantized model, inf or nan, options that don't go together, a pattern that doesn't fit
+                 a matrix, or a sparsity that removes nothing; DataError where rows are needed and there are none.
+    """
+    shape, share = _options(model, method, pattern, sparsity, scope, allocation)
+    _refuse_misfits(model, shape, share)
+    progress = progress or Progress(quiet=True)
+    needs_rows = method != "magnitude" or allocation != "uniform"
+    if needs_rows and train is None:
+        raise ModelError(f"prune: method {method} with allocation {allocation} measures on rows; give training rows.")
+    sample = calibration_rows(encoded(model, train), rows, seed) if needs_rows else None
+    shares = _shares(model, train, sample, share, allocation, rows, seed, progress)
+    if method == "magnitude":
+        damping = _prune_by_magnitude(model, shape, share, shares, scope)
+    else:
+        damping = _prune_by_inputs(model, list(labelled_batches(model, sample)), method, shape, shares, progress)
+    return _facts(model, shape, method, allocation, shares, damping, len(sample) if sample is not None else 0)
+
+
+def _options(
+    model: Model, method: str, pattern: str, sparsity: float | None, scope: str, allocation: str
+) -> tuple[Pattern, float]:
+    """The pattern and the share, or ModelError."""
+    if model.quantization:
+        raise ModelError("prune: the model is quantized already; prune it before, then quantize.")
+    try:
+        shape = parse_pattern(pattern)
+    except ValueError as error:
+        raise ModelError(f"prune: {error}.") from None
+    share = shape.sparsity if sparsity is None else sparsity
+    if share is None or not 0 < share < 1:
+        raise ModelError(f"prune: sparsity must be in (0, 1), got {sparsity}. Give a share such as 0.5.")
+    if shape.keep and abs(share - (shape.sparsity or 0)) > 1e-9:
+        raise ModelError(
+            f"prune: pattern {pattern} means sparsity {shape.sparsity}, got {sparsity}. Leave sparsity out."
+        )
+    if scope == "global" and (method != "magnitude" or pattern != "unstructured" or allocation != "uniform"):
+        raise ModelError("prune: scope global is for method magnitude, unstructured, uniform. Leave scope out.")
+    if shape.keep and allocation != "uniform":
+        raise ModelError(f"prune: pattern {pattern} fixes every matrix's share; allocation must be uniform.")
+    return shape, share
+
+
+def _refuse_misfits(model: Model, pattern: Pattern, share: float) -> None:
+    """ModelError where a matrix can't take the pattern, has nothing to remove, or holds inf or nan."""
+    of = pattern.keep[1] if pattern.keep else 1
+    rows, columns = pattern.block or (1, 1)
+    for matrix in model.anatomy.matrices:
+        out, width = matrix.weight.shape
+        if width % of or out % rows or width % columns:
+            raise ModelError(
+                f"prune: {matrix.name} is {out} x {width}, which the pattern does not fit. Give a pattern whose sizes "
+                "divide every matrix's."
+            )
+        if not matrix.weight.isfinite().all():
+            raise ModelError(f"prune: {matrix.name} holds inf or nan. Give an unbroken checkpoint.")
+        if int(out * width * share / (rows * columns) + 1e-9) == 0:
+            raise ModelError(
+                f"prune: sparsity {share} is less than one of {matrix.name}'s {out * width} weights. Give a larger share."
+            )
+
+
+def _shares(
+    model: Model,
+    train: Any,
+    sample: Any,
+    share: float,
+    allocation: Allocation,
+    rows: int,
+    seed: int,
+    progress: Progress,
+) -> dict[str, float]:
+    """The share that goes of every matrix, by name."""
+    matrices = model.anatomy.matrices
+    if allocation == "uniform":
+        return dict.fromkeys((matrix.name for matrix in matrices), share)
+    if allocation == "outliers":
+        return _shares_by_outliers(model, sample, share, progress)
+    table = model.sensitivity or _measured(model, train, rows, seed, progress)
+    known = [matrix for matrix in matrices if matrix.name in table["matrices"]]
+    if len(known) < len(matrices):
+        raise ModelError("prune: model.sensitivity was measured on another shape of the model. Measure it anew.")
+    curves = [table["matrices"][matrix.name]["prune"] for matrix in known]
+    try:
+        found = sparsities_by_damage(curves, [matrix.weight.numel() for matrix in known], share)
+    except ValueError as error:
+        raise ModelError(f"prune: {error}.") from None
+    return {matrix.name: one for matrix, one in zip(known, found, strict=True)}
+
+
+def _measured(model: Model, train: Any, rows: int, seed: int, progress: Progress) -> dict[str, Any]:
+    sensitivity(model, train, rows=rows, seed=seed, progress=progress)
+    return model.sensitivity or {}
+
+
+def _shares_by_outliers(model: Model, sample: Any, share: float, progress: Progress) -> dict[str, float]:
+    """One pass over the uncut model: a share a block, the same for all of its matrices."""
+    ratios, counts, names = [], [], []
+    batches = list(labelled_batches(model, sample))
+    for visit in calibrate(model, batches, gather="norms", progress=progress, title="counting outliers"):
+        found = [outlier_ratio(matrix.weight, visit.statistics[matrix.name].norm) for matrix in visit.block.matrices]
+        sizes = [matrix.weight.numel() for matrix in visit.block.matrices]
+        ratios.append(sum(ratio * size for ratio, size in zip(found, sizes, strict=True)) / sum(sizes))
+        counts.append(sum(sizes))
+        names.append([matrix.name for matrix in visit.block.matrices])
+    shares = sparsities_by_outliers(ratios, share, weights=counts)
+    return {name: one for block, one in zip(names, shares, strict=True) for name in block}
+
+
+@torch.no_grad()
+def _prune_by_magnitude(
+    model: Model, pattern: Pattern, share: float, shares: Mapping[str, float], scope: str
+) -> dict[str, float]:
+    matrices = model.anatomy.matrices
+    if scope == "global":
+        masks: Sequence[Tensor] = global_magnitude_masks([matrix.weight for matrix in matrices], share)
+        if any(mask.all() for mask in masks):
+            raise ModelError(
+                f"prune: a global threshold for sparsity {share} would empty a whole matrix. Give a smaller share, or "
+                "scope layer."
+            )
+    else:
+        masks = [pattern_mask(matrix.weight.abs(), pattern, shares[matrix.name], by_row=False) for matrix in matrices]
+    for matrix, mask in zip(matrices, masks, strict=True):
+        _zero(model, matrix, matrix.weight.masked_fill(mask, 0))
+    return {}
+
+
+def _prune_by_inputs(
+    model: Model,
+    batches: Any,
+    method: str,
+    pattern: Pattern,
+    shares: Mapping[str, float],
+    progress: Progress,
+) -> dict[str, float]:
+    """Block by block; returns the damping of each matrix that needed more than was asked for."""
+    damping: dict[str, float] = {}
+    gather: Literal["norms", "grams"] = "grams" if method == "sparsegpt" else "norms"
+    for visit in calibrate(model, batches, gather=gather, progress=progress, title=f"pruning ({method})"):
+        for matrix in visit.block.matrices:
+            found = visit.statistics[matrix.name]
+            weight, used = _solved(matrix, found, method, pattern, shares[matrix.name])
+            _zero(model, matrix, weight)
+            damping |= {matrix.name: used} if used > _DAMPING else {}
+    return damping
+
+
+_DAMPING = 0.01
+
+
+def _solved(
+    matrix: Matrix, found: InputStatistics, method: str, pattern: Pattern, share: float
+) -> tuple[Tensor, float]:
+    try:
+        if method == "sparsegpt" and found.gram is not None:
+            sparse = prune_by_sparsegpt(matrix.weight, found.gram, share, pattern=pattern, damping=_DAMPING)
+            return sparse.weight, sparse.damping
+        score = wanda_score(matrix.weight, found.norm)
+        return matrix.weight.masked_fill(pattern_mask(score, pattern, share, by_row=True), 0), 0.0
+    except ValueError as error:
+        raise ModelError(f"prune: {matrix.name}: {error}.") from None
+
+
+def _zero(model: Model, matrix: Matrix, weight: Tensor) -> None:
+    matrix.weight.copy_(weight)
+    if not any(parameter is matrix.parameter for parameter in model.pruned):
+        model.pruned.append(matrix.parameter)
+
+
+def _facts(
+    model: Model,
+    pattern: Pattern,
+    method: str,
+    allocation: str,
+    shares: Mapping[str, float],
+    damping: Mapping[str, float],
+    rows: int,
+) -> dict[str, object]:
+    matrices = model.anatomy.matrices
+    total = sum(matrix.weight.numel() for matrix in matrices)
+    zeros = total - sum(int(torch.count_nonzero(matrix.weight)) for matrix in matrices)
+    kind = "n:m" if pattern.keep else "block" if pattern.block else "unstructured"
+    facts: dict[str, object] = {"method": method, "zeroed": zeros, "of": total, "sparsity": zeros / total}
+    if rows:
+        facts["rows_measured"] = rows
+    if allocation != "uniform":
+        facts["shares"] = {block.name: shares[block.matrices[0].name] for block in model.anatomy.blocks}
+    if damping:
+        facts["damping_raised"] = dict(damping)
+    return facts | {"faster_here": _VERDICT[kind]}
