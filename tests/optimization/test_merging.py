@@ -3,8 +3,9 @@ from copy import deepcopy
 import pytest
 import torch
 
-from moss_rlhf.model.anatomy import FAMILIES
-from moss_rlhf.model.surgery import keep_blocks
+from moss_rlhf.model.anatomy import FAMILIES, Matrix
+from moss_rlhf.model.surgery import keep_blocks, keep_feed_forward
+from moss_rlhf.optimization import merging
 from moss_rlhf.optimization.block_states import call_with, own_tokens, replaced, traced, without_cache
 from moss_rlhf.optimization.merging import (
     Regression,
@@ -17,7 +18,8 @@ from moss_rlhf.optimization.merging import (
 )
 
 SINGLE = sorted(set(FAMILIES) - {"albert"})
-NORMS_FIRST = sorted(set(SINGLE) - {"bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2"})
+NORMS_LAST = {"bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2", "bart", "marian"}
+NORMS_FIRST = sorted(set(SINGLE) - NORMS_LAST - {"modernbert"})  # whose first block has one norm less
 families = pytest.mark.parametrize("family", SINGLE)
 TEXTS = ["the film was good", "bad", "what a lovely hotel , we all said so in the end", "the soup was awful , great !"]
 
@@ -94,7 +96,7 @@ def test_zeros_that_all_share_stay_zeros():
 
 def reference(features, residuals, damping, with_offset):
     """The same minimum by least squares on stacked rows, float64."""
-    shift = features.mean(dim=0) if with_offset else torch.zeros(features.shape[1])
+    shift = features.mean(dim=0) if with_offset else torch.zeros(features.shape[1], dtype=torch.float64)
     centred = features - shift
     offset = residuals.mean(dim=0) if with_offset else torch.zeros(residuals.shape[1])
     scale = damping * centred.square().sum(dim=0).mean()
@@ -105,7 +107,7 @@ def reference(features, residuals, damping, with_offset):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_regression_equals_stacked_least_squares(tiny_model, bias):
+def test_regression_equals_stacked_least_squares(bias):
     torch.manual_seed(0)
     features, residuals = torch.randn(97, 13, dtype=torch.float64) + 3, torch.randn(97, 5, dtype=torch.float64)
     sums = Regression(matrix_of(torch.nn.Linear(13, 5, bias=bias)))
@@ -123,8 +125,6 @@ def test_regression_equals_stacked_least_squares(tiny_model, bias):
 
 
 def matrix_of(linear):
-    from moss_rlhf.model.anatomy import Matrix
-
     return Matrix("of a test", linear)
 
 
@@ -170,8 +170,6 @@ def test_position_biases_stay_where_they_are(tiny_model, family):
 
 
 def test_what_keeps_blocks_from_being_merged_is_named(tiny_model):
-    from moss_rlhf.model.surgery import keep_feed_forward
-
     model = tiny_model()
     keep_feed_forward(model.anatomy.blocks[1], torch.arange(40))
     reason = hindrance(model.anatomy.blocks[:2])
@@ -191,8 +189,6 @@ def test_what_keeps_blocks_from_being_merged_is_named(tiny_model):
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_block_beside_one_that_does_nothing_is_fitted_exactly(tiny_model, family, silent):
     """Where norms come first, a block whose outputs are zero is the identity: the other one alone is the answer."""
-    if family in ("bart", "marian", "modernbert"):  # a norm closes their blocks; the first differs
-        pytest.skip("covered by the test beside this one")
     model = tiny_model(family)
     pair = model.anatomy.blocks[:2]
     silence(pair[silent])
@@ -206,23 +202,35 @@ def test_a_block_beside_one_that_does_nothing_is_fitted_exactly(tiny_model, fami
         torch.testing.assert_close(now, old, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
-def test_a_change_that_is_linear_in_the_features_is_found(tiny_model, family):
-    """The second block writes nothing; the first one's down projection is known only to it: put it back by fitting."""
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox"])
+def test_a_block_that_adds_a_constant_goes_into_the_other_ones_bias(tiny_model, family):
     model = tiny_model(family)
     pair = model.anatomy.blocks[:2]
     silence(pair[1])
-    # the second block gets the first one's everything; the first one then writes nothing: only base 1 is exact.
-    with torch.no_grad():
-        for name, parameter in pair[1].module.named_parameters():
-            parameter.copy_(dict(pair[0].module.named_parameters())[name])
-    silence(pair[0])
+    constant = torch.randn(32)
+    pair[1].feed_forward.down.bias.copy_(constant)
     before, batches = outputs(model), batches_of(model)
-    merged = fit_block(model.network, batches, pair[:2], damping=1e-9)
+    down = pair[0].feed_forward.down
+    bias = down.bias.clone()
+    merged = fit_block(model.network, batches, pair)
+    assert merged.base is pair[0]
     assert merged.error < 1e-10
+    torch.testing.assert_close(merged.weights[down.module.bias], bias + constant, rtol=1e-5, atol=1e-5)
     apply(model, {0, 1}, merged)
     for now, old in zip(outputs(model), before, strict=True):
-        torch.testing.assert_close(now, old, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(now, old, rtol=1e-5, atol=1e-4)
+
+
+@families
+def test_the_norm_that_closes_a_block_is_found(tiny_model, family):
+    model = tiny_model(family)
+    with torch.no_grad(), traced(model.anatomy.blocks, insides=True) as traces:
+        model.network(**batches_of(model)[0][0])
+    for block, trace in zip(model.anatomy.blocks, traces, strict=True):
+        assert bool(trace.closing) == (family in NORMS_LAST)
+        assert len(trace.written) == len(block.parts)
+        again = block.module.get_submodule(trace.closing)(trace.end) if trace.closing else trace.end
+        assert torch.equal(again, trace.left)
 
 
 @families
@@ -278,16 +286,20 @@ def test_pruned_weights_stay_zero_in_a_fit(tiny_model):
                 assert not torch.equal(merged.weights[parameter], parameter.data)
 
 
-def test_padding_does_not_count(tiny_model):
-    """One batch padded far more than needed gives the same fit."""
+def test_padding_does_not_count(tiny_model, monkeypatch):
+    """One batch padded far more than needed gives the same fit; counting the padding would not."""
     model = tiny_model()
     (inputs, labels), *_ = batches_of(model)
     wider = {name: torch.nn.functional.pad(value, (0, 9)) for name, value in inputs.items()}
-    found = [
-        fit_block(model.network, [(part, labels)], model.anatomy.blocks[:2]) for part in (inputs, wider)
-    ]
-    for a, b in zip(found[0].weights.values(), found[1].weights.values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+    def down_of(part):
+        merged = fit_block(model.network, [(part, labels)], model.anatomy.blocks[:2])
+        return merged.weights[merged.base.feed_forward.down.parameter]
+
+    expected = down_of(inputs)
+    torch.testing.assert_close(down_of(wider), expected, rtol=0, atol=1e-3)
+    monkeypatch.setattr(merging, "own_tokens", lambda *_: torch.ones_like(wider["input_ids"], dtype=torch.bool))
+    assert (down_of(wider) - expected).abs().max() > 0.02
 
 
 def test_no_rows_are_an_error(tiny_model):

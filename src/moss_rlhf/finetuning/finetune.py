@@ -123,7 +123,7 @@ def finetune(
     with _folder(workspace) as folder:
         trainer = LayerwiseTrainer(
             plan=plan,
-            loss=task.loss,
+            task=task,
             evaluator=lambda: evaluate_loss(model, validation, task),
             sampler=sampler,
             network=model.network,
@@ -139,7 +139,7 @@ def finetune(
             collate=lambda rows: _collate(rows, model, task),
             train=train,
         )
-        _train(trainer, folder, task.metric, save_every_seconds, progress)
+        _train(trainer, folder, task, save_every_seconds, progress)
     return _training(trainer, task, bfloat16)
 
 
@@ -159,10 +159,8 @@ def uses_bfloat16(precision: Precision) -> bool:
 
 def evaluate_loss(model: Model, encoded: Any, task: Task) -> dict[str, float]:
     """Mean loss and the task's metric on encoded rows, in float32 evaluation mode."""
-    logits = task.predict(TorchRuntime(model.network), encoded, model.tokenizer)
-    labels = np.asarray(encoded["labels"])
-    loss = float(task.loss(torch.from_numpy(logits), torch.from_numpy(labels)))
-    return {"loss": loss, task.metric: float(np.mean(task.answers(logits) == labels))}
+    found = task.measure(model.network, encoded, model.tokenizer)
+    return {name: found[name] for name in ("loss", task.metric)}
 
 
 def _rows(model: Model, rows: Any, name: str) -> Any:
@@ -231,12 +229,12 @@ def _arguments(
     )
 
 
-def _train(trainer: LayerwiseTrainer, folder: Path, metric: str, save_every_seconds: float, progress: Progress) -> None:
+def _train(trainer: LayerwiseTrainer, folder: Path, task: Task, save_every_seconds: float, progress: Progress) -> None:
     shutil.rmtree(folder / "partial", ignore_errors=True)  # a killed run's half-written checkpoint
     last = checkpoints(folder)[-1:]
     set_seed(trainer.args.seed)
     with progress.bar("fine-tuning", trainer.plan.steps) as bar:
-        conductor = Conductor(trainer, metric, bar, save_every_seconds)
+        conductor = Conductor(trainer, task, bar, save_every_seconds)
         trainer.add_callback(conductor)
         try:
             with conductor.catching_interrupt():
@@ -254,7 +252,7 @@ def _train(trainer: LayerwiseTrainer, folder: Path, metric: str, save_every_seco
 
 def _training(trainer: LayerwiseTrainer, task: Task, bfloat16: bool) -> Training:
     log = trainer.state.log_history
-    best = best_of(log, task.metric)
+    best = best_of(log, task)
     evaluations = [entry for entry in log if "eval_loss" in entry]
     facts = {
         "steps": trainer.state.global_step,

@@ -36,6 +36,7 @@ from moss_rlhf.model.cost import Dimensions, training_flops
 from moss_rlhf.model.zeros import Zeros
 from moss_rlhf.progress import Bar
 from moss_rlhf.strategy import Best, Schedule
+from moss_rlhf.tasks import Task
 
 SAVE_EVERY_SECONDS = 60.0
 BEST = "best.safetensors"
@@ -61,12 +62,12 @@ class Plan:
     zeros: Zeros
 
 
-def best_of(log_history: Sequence[Mapping[str, float]], metric: str) -> Best:
+def best_of(log_history: Sequence[Mapping[str, float]], task: Task) -> Best:
     """The best evaluation of a log; so a resumed run needs no other memory of it."""
-    best = Best()
+    best, name = Best(lower_is_better=task.metric in task.lower_is_better), f"eval_{task.metric}"
     for entry in log_history:
-        if f"eval_{metric}" in entry:
-            best = best.after(entry[f"eval_{metric}"], entry["eval_loss"], int(entry["step"]))
+        if name in entry:
+            best = best.after(entry[name], entry["eval_loss"], int(entry["step"]))
     return best
 
 
@@ -77,7 +78,7 @@ class LayerwiseTrainer(Trainer):
         self,
         *,
         plan: Plan,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        task: Task,
         evaluator: Callable[[], dict[str, float]],
         sampler: EpochSampler,
         network: Any,
@@ -86,7 +87,7 @@ class LayerwiseTrainer(Trainer):
         train: Any,
     ) -> None:
         super().__init__(model=network, args=arguments, data_collator=collate, train_dataset=train)
-        self.plan, self.task_loss, self.evaluator, self.sampler = plan, loss, evaluator, sampler
+        self.plan, self.task, self.evaluator, self.sampler = plan, task, evaluator, sampler
         self.remove_callback(PrinterCallback)
         self._folder: str | None = None
         self._carried_seconds = 0.0
@@ -120,8 +121,8 @@ class LayerwiseTrainer(Trainer):
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         labels, teacher = inputs.pop("labels"), inputs.pop("teacher_logits", None)
-        outputs = model(**inputs)
-        loss = self.task_loss(outputs.logits, labels)
+        outputs = model(**self.task.inputs(self.model, inputs | {"labels": labels}))
+        loss = self.task.loss(outputs.logits, labels)
         if teacher is not None:
             learned = distillation_loss(outputs.logits, teacher, self.plan.temperature)
             loss = mixed_loss(loss, learned, self.plan.teacher_weight)
@@ -193,8 +194,8 @@ def checkpoints(folder: Path) -> list[Path]:
 class Conductor(TrainerCallback):
     """Freezes and thaws layers, keeps zeros, decides when to evaluate, save and stop, and shows how it goes."""
 
-    def __init__(self, trainer: LayerwiseTrainer, metric: str, bar: Bar, save_every_seconds: float) -> None:
-        self.trainer, self.plan, self.metric, self.bar = trainer, trainer.plan, metric, bar
+    def __init__(self, trainer: LayerwiseTrainer, task: Task, bar: Bar, save_every_seconds: float) -> None:
+        self.trainer, self.plan, self.task, self.bar = trainer, trainer.plan, task, bar
         self.save_every_seconds = save_every_seconds
         self.stop_requested = threading.Event()
         self.saved_at = time.monotonic()
@@ -221,11 +222,11 @@ class Conductor(TrainerCallback):
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
-        names = {"loss": "loss", "learning_rate": "rate", f"eval_{self.metric}": self.metric}
+        names = {"loss": "loss", "learning_rate": "rate", f"eval_{self.task.metric}": self.task.metric}
         self.shown |= {names[name]: value for name, value in (logs or {}).items() if name in names}
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        best = best_of(state.log_history, self.metric)
+        best = best_of(state.log_history, self.task)
         if best.step == state.global_step:
             with new_file(Path(args.output_dir) / BEST) as partial:
                 save_model(self.trainer.model, str(partial))

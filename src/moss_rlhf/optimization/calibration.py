@@ -31,20 +31,20 @@ def calibration_rows(encoded: Any, rows: int, seed: int) -> Any:
 
 def labelled_batches(model: Model, sample: Any) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """(inputs, labels) of a sample, in its order, on the network's device."""
-    device = next(model.network.parameters()).device
+    device, task = next(model.network.parameters()).device, TASKS[model.task]
     for positions in chunks(range(len(sample)), _ROWS_AT_ONCE):
         rows = [sample[position] for position in positions]
-        batch = {name: value.to(device) for name, value in TASKS[model.task].collate(rows, model.tokenizer).items()}
-        yield {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+        batch = {name: value.to(device) for name, value in task.collate(rows, model.tokenizer).items()}
+        yield task.inputs(model.network, batch), batch["labels"]
 
 
 def mean_loss(model: Model, sample: Any) -> float:
-    """The task's mean loss over a sample, evaluation mode."""
+    """The task's mean loss over a sample's rows, or its target tokens; evaluation mode."""
     task = TASKS[model.task]
     model.network.eval()
     with torch.inference_mode():
-        losses = [
-            float(task.loss(model.network(**inputs).logits, labels, reduction="sum"))
+        found = [
+            (float(task.loss(model.network(**inputs).logits, labels, reduction="sum")), task.targets(labels))
             for inputs, labels in labelled_batches(model, sample)
         ]
-    return sum(losses) / len(sample)
+    return sum(loss for loss, _ in found) / sum(targets for _, targets in found)

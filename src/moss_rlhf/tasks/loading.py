@@ -18,7 +18,7 @@ def load(path: str | Path, labels: Sequence[str] | None = None, task: str | None
 
     path     a directory or a hub id.
     labels   names in class-id order, to start from a pretrained model whose head is yet to be trained.
-    task     with `labels`: the task's name; text classification unless said otherwise.
+    task     its name; text classification unless the checkpoint or this says otherwise.
     raises   ModelError where it is missing or broken.
     """
     place = locate(str(path))
@@ -27,6 +27,8 @@ def load(path: str | Path, labels: Sequence[str] | None = None, task: str | None
     auto_class = TASKS[name].auto_class()
     if labels is None and KEY in config:
         return load_checkpoint(place, auto_class)
+    if not TASKS[name].has_classes:
+        return load_pretrained(place, name, auto_class, None)
     names = labels if labels is not None else trained_labels(config)
     if names is None:
         raise ModelError(

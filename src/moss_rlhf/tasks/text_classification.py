@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moss_rlhf.data import Column
-from moss_rlhf.model.runtime import Runtime
+from moss_rlhf.model.runtime import Runtime, TorchRuntime
 from moss_rlhf.tasks.batching import by_length, chunks, pad, padding_of
 from moss_rlhf.tasks.metrics import Metric, accuracy, macro_f1
 
@@ -27,6 +27,8 @@ class TextClassification:
     columns = (Column("text", "text"), Column("label", "label"))
     metric = "accuracy"
     metrics: Mapping[str, Metric] = {"accuracy": accuracy, "macro_f1": macro_f1}
+    lower_is_better: frozenset[str] = frozenset()
+    has_classes = True
 
     def auto_class(self) -> Any:
         """The transformers class whose head fits."""
@@ -72,6 +74,22 @@ class TextClassification:
         batch: dict[str, NDArray[Any]] = dict(pad(rows, padding_of(tokenizer)))
         batch["labels"] = np.array([row["labels"] for row in rows], dtype=np.int64)
         return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def inputs(self, network: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the network is called with."""
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    def targets(self, labels: Tensor) -> int:
+        """How many labels a loss counts: one a row."""
+        return len(labels)
+
+    def measure(self, network: Any, encoded: Dataset, tokenizer: Any) -> dict[str, float]:
+        """Mean loss and accuracy of encoded rows."""
+        import torch
+
+        logits, labels = self.predict(TorchRuntime(network), encoded, tokenizer), np.asarray(encoded["labels"])
+        loss = float(self.loss(torch.from_numpy(logits), torch.from_numpy(labels)))
+        return {"loss": loss, "accuracy": float(np.mean(self.answers(logits) == labels))}
 
     def loss(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in float32. logits (batch, classes), labels (batch,)."""

@@ -1,0 +1,108 @@
+"""What the tasks share whose answers are texts: losses and scores by token, padding of labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moss_rlhf.tasks.batching import by_length, chunks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORED = -100  # a label that no loss counts
+_ROWS_AT_ONCE = 16
+
+
+def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy over target tokens, float32. logits (batch, length, vocabulary), labels (batch, length)."""
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction=reduction)
+
+
+def padded_labels(rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """(rows, longest), padded with IGNORED."""
+    padded = np.full((len(rows), max(map(len, rows))), IGNORED, dtype=np.int64)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return padded
+
+
+def token_scores(task: Any, network: Any, encoded: Any, tokenizer: Any) -> NDArray[np.float64]:
+    """(rows, 3): of each row Σ −log p of its target tokens, how many there are, and how many were the likeliest.
+
+    Logits are never kept: one batch of them at a time. Computed in batches of similar lengths, returned in row order.
+    """
+    import torch
+
+    device = next(network.parameters()).device
+    order, parts = by_length(encoded["length"]), []
+    network.eval()
+    with torch.inference_mode():
+        for positions in chunks(order, _ROWS_AT_ONCE):
+            batch = task.collate([encoded[position] for position in positions], tokenizer)
+            batch = {name: value.to(device) for name, value in batch.items()}
+            logits = network(**task.inputs(network, batch), use_cache=False).logits
+            parts.append(_row_scores(*task.aligned(logits, batch["labels"])))
+    scores: NDArray[np.float64] = np.concatenate(parts)[np.argsort(order)]
+    return scores
+
+
+def _row_scores(logits: Tensor, labels: Tensor) -> NDArray[np.float64]:
+    import torch
+
+    inside = labels != IGNORED
+    targets = labels.masked_fill(~inside, 0)
+    losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none") * inside
+    correct = (logits.argmax(dim=-1) == targets) & inside
+    columns = [part.double().sum(dim=1) for part in (losses, inside, correct)]
+    scores: NDArray[np.float64] = torch.stack(columns, dim=1).cpu().numpy()
+    return scores
+
+
+def perplexity(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """exp(Σ −log p / tokens): (…, 3) sums of row scores → (…)."""
+    value: NDArray[np.float64] = np.exp(sums[..., 0] / sums[..., 1])
+    return value
+
+
+def token_accuracy(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Share of target tokens that were the likeliest: (…, 3) sums of row scores → (…), 0 to 1."""
+    value: NDArray[np.float64] = sums[..., 2] / sums[..., 1]
+    return value
+
+
+def mean_scores(scores: NDArray[np.float64]) -> dict[str, float]:
+    """{"loss", "perplexity", "token_accuracy"} of all rows together."""
+    sums = scores.sum(axis=0)
+    loss = float(sums[0] / sums[1])
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": float(sums[2] / sums[1])}
+
+
+def encode_rows(rows: Any, encode_batch: Any, cache_file: str | None) -> Any:
+    """Map a function over rows in batches, in place of their columns; cached in a file where one is given."""
+    return rows.map(
+        encode_batch,
+        batched=True,
+        batch_size=1000,
+        remove_columns=rows.column_names,
+        cache_file_name=cache_file,
+        # the name of a function's bytes is no name of its meaning; the caller's cache file is
+        new_fingerprint=None if cache_file is None else cache_file.rpartition("/")[2].replace(".", "-"),
+    )
+
+
+def sampled_lengths(rows: Any, column: str, tokenizer: Any, most: int, seed: int) -> NDArray[np.int64]:
+    """Tokens of each text of a column, uncut; of a seeded sample of `most` rows."""
+    order = np.random.default_rng(seed).permutation(len(rows))[:most]
+    texts = rows.select(np.sort(order))[column][:]
+    encoded = tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False)
+    return np.array([len(ids) for ids in encoded["input_ids"]], dtype=np.int64)
+
+
+Row = Mapping[str, Any]

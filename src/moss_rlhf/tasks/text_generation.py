@@ -1,0 +1,95 @@
+"""Text generation: a causal language model over documents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moss_rlhf.data import Column
+from moss_rlhf.tasks.batching import pad
+from moss_rlhf.tasks.language import (
+    IGNORED,
+    Row,
+    encode_rows,
+    mean_scores,
+    perplexity,
+    sampled_lengths,
+    token_accuracy,
+    token_loss,
+    token_scores,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+
+class TextGeneration:
+    """A document longer than the limit becomes several rows: no token is lost, and no two documents meet in a row."""
+
+    name = "text-generation"
+    columns = (Column("text", "text"),)
+    metric = "perplexity"
+    metrics = {"perplexity": perplexity, "token_accuracy": token_accuracy}  # noqa: RUF012  # never changed
+    lower_is_better = frozenset({"perplexity"})
+    has_classes = False
+
+    def auto_class(self) -> Any:
+        """The transformers class whose head fits."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+
+    def encode(self, rows: Dataset, tokenizer: Any, max_length: int, cache_file: str | None = None) -> Dataset:
+        """Tokenize: columns input_ids and length. Pieces of one token, from which nothing can be learned, are left out.
+
+        rows         column `text`.
+        max_length   tokens of a row; what is longer goes on in the next one.
+        """
+
+        def encode_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+            texts = tokenizer(batch["text"], return_attention_mask=False, verbose=False)["input_ids"]
+            parts = [ids[start : start + max_length] for ids in texts for start in range(0, len(ids), max_length)]
+            parts = [part for part in parts if len(part) > 1]
+            return {"input_ids": parts, "length": [len(part) for part in parts]}
+
+        return encode_rows(rows, encode_batch, cache_file)
+
+    def lengths(self, rows: Dataset, tokenizer: Any, most: int, seed: int) -> NDArray[np.int64]:
+        """Tokens of each text, uncut; of a seeded sample of `most` rows."""
+        return sampled_lengths(rows, "text", tokenizer, most, seed)
+
+    def collate(self, rows: Sequence[Row], tokenizer: Any) -> dict[str, Tensor]:
+        """Encoded rows → one batch of tensors, padded on the right; labels are the inputs themselves."""
+        import torch
+
+        batch: dict[str, NDArray[Any]] = dict(pad(rows, {"input_ids": tokenizer.pad_token_id, "attention_mask": 0}))
+        batch["labels"] = np.where(batch["attention_mask"] == 1, batch["input_ids"], IGNORED)
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def inputs(self, network: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the network is called with."""
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Each position with the token that it is to foretell: the next one."""
+        return logits[:, :-1], labels[:, 1:]
+
+    def loss(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy over target tokens, float32. logits (batch, length, vocabulary), labels (batch, length)."""
+        return token_loss(*self.aligned(logits, labels), reduction)
+
+    def targets(self, labels: Tensor) -> int:
+        """How many tokens a loss over these labels counts."""
+        return int((labels[:, 1:] != IGNORED).sum())
+
+    def scores(self, network: Any, encoded: Dataset, tokenizer: Any) -> NDArray[np.float64]:
+        """(rows, 3) row scores, of which `metrics` are functions."""
+        return token_scores(self, network, encoded, tokenizer)
+
+    def measure(self, network: Any, encoded: Dataset, tokenizer: Any) -> dict[str, float]:
+        """Mean loss and metrics of encoded rows."""
+        return mean_scores(self.scores(network, encoded, tokenizer))

@@ -1,0 +1,97 @@
+"""Translation, or any other pair of texts: an encoder-decoder reads the source and writes the target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from moss_rlhf.data import Column
+from moss_rlhf.tasks.batching import pad
+from moss_rlhf.tasks.language import (
+    IGNORED,
+    Row,
+    encode_rows,
+    mean_scores,
+    padded_labels,
+    perplexity,
+    sampled_lengths,
+    token_accuracy,
+    token_loss,
+    token_scores,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+
+class Translation:
+    """The decoder is given the target shifted right by one, after the token that starts it."""
+
+    name = "translation"
+    columns = (Column("source", "text"), Column("target", "text"))
+    metric = "perplexity"
+    metrics = {"perplexity": perplexity, "token_accuracy": token_accuracy}  # noqa: RUF012  # never changed
+    lower_is_better = frozenset({"perplexity"})
+    has_classes = False
+
+    def auto_class(self) -> Any:
+        """The transformers class whose head fits."""
+        from transformers import AutoModelForSeq2SeqLM
+
+        return AutoModelForSeq2SeqLM
+
+    def encode(self, rows: Dataset, tokenizer: Any, max_length: int, cache_file: str | None = None) -> Dataset:
+        """Tokenize: columns input_ids, labels (the target's tokens) and length (of the longer of both).
+
+        rows         columns `source` and, optionally, `target`.
+        max_length   tokens kept of each text, special tokens included; the tail is cut.
+        """
+        limits = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
+
+        def encode_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+            sources = tokenizer(batch["source"], **limits)["input_ids"]
+            targets = tokenizer(text_target=batch["target"], **limits)["input_ids"] if "target" in batch else None
+            longest = [max(map(len, pair)) for pair in zip(sources, targets or sources, strict=True)]
+            return {"input_ids": sources, "length": longest} | ({"labels": targets} if targets else {})
+
+        return encode_rows(rows, encode_batch, cache_file)
+
+    def lengths(self, rows: Dataset, tokenizer: Any, most: int, seed: int) -> NDArray[Any]:
+        """Tokens of each source, uncut; of a seeded sample of `most` rows."""
+        return sampled_lengths(rows, "source", tokenizer, most, seed)
+
+    def collate(self, rows: Sequence[Row], tokenizer: Any) -> dict[str, Tensor]:
+        """Encoded rows → one batch of tensors, padded on the right."""
+        import torch
+
+        batch: dict[str, NDArray[Any]] = dict(pad(rows, {"input_ids": tokenizer.pad_token_id, "attention_mask": 0}))
+        batch["labels"] = padded_labels([row["labels"] for row in rows])
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def inputs(self, network: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the network is called with: the decoder reads the target shifted right, by the network's own rule."""
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        return given | {"decoder_input_ids": network.prepare_decoder_input_ids_from_labels(labels=batch["labels"])}
+
+    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Each position with the token that it is to foretell: its own, for the inputs are shifted."""
+        return logits, labels
+
+    def loss(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy over target tokens, float32. logits (batch, length, vocabulary), labels (batch, length)."""
+        return token_loss(logits, labels, reduction)
+
+    def targets(self, labels: Tensor) -> int:
+        """How many tokens a loss over these labels counts."""
+        return int((labels != IGNORED).sum())
+
+    def scores(self, network: Any, encoded: Dataset, tokenizer: Any) -> NDArray[Any]:
+        """(rows, 3) row scores, of which `metrics` are functions."""
+        return token_scores(self, network, encoded, tokenizer)
+
+    def measure(self, network: Any, encoded: Dataset, tokenizer: Any) -> dict[str, float]:
+        """Mean loss and metrics of encoded rows."""
+        return mean_scores(self.scores(network, encoded, tokenizer))
