@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moss_rlhf import measuring
-from moss_rlhf.evaluation import Answers, changed
+from moss_rlhf.evaluation import ClassAnswers, changed
 from moss_rlhf.measuring import Artifact, Measuring, torch_artifact
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import EvaluateSpec
@@ -98,7 +98,7 @@ def test_changed_rows_come_with_the_largest_move_first_and_no_more_than_asked():
     truth = np.zeros(3, dtype=np.int64)
     before = np.array([[1, 0], [3, 0], [2, 0]], dtype=np.float32)
     after = np.array([[0, 1], [0, 3], [2, 0]], dtype=np.float32)
-    answers = [Answers(logits, logits.argmax(axis=1), truth) for logits in (before, after)]
+    answers = [ClassAnswers(logits, logits.argmax(axis=1), truth) for logits in (before, after)]
     assert changed(*answers, most=5) == ([1, 0], 2)
     assert changed(*answers, most=1) == ([1], 2)
 

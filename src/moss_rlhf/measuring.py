@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,13 +15,16 @@ import numpy as np
 
 from moss_rlhf.evaluation import (
     Answers,
+    ClassAnswers,
     Speed,
+    TokenAnswers,
     answer,
     changed,
     confusion_of,
     gain_of,
     measure_speed,
     metrics_of,
+    moved,
     peak_memory,
     sizes_of,
     speed_batches,
@@ -35,10 +39,11 @@ from moss_rlhf.tasks.batching import padding_of
 
 _CHANGED_SHOWN = 20
 _SPEED_POOL = 2000
+_LARGEST_LOSS = 700.0  # exp of more is no float64
 PROTOCOL = (
     "Before and after answer the same rows; 'before' is the uncompressed fine-tuned model in PyTorch float32.",
     "Intervals are percentile bootstraps over rows; the difference is paired, row by row, and its p-value is McNemar's "
-    "exact test.",
+    "exact test for accuracy, and a test of random swaps of the two answers to each row for any other metric.",
     "Speed: identical tokenized batches of evaluation texts in random order, padded to their longest, the same number "
     "of threads; rounds of before and after interleaved after a warm-up; medians. Tokenization is excluded.",
     "Peak memory: of a fresh process that loads the artifact and answers one batch of the largest size, libraries "
@@ -112,12 +117,7 @@ class Measuring:
         return {
             **{name: measured.get(name) for name in artifacts},
             "gain": self._gain(before, measured, answers),
-            "confusion": {
-                "labels": list(after.model.labels),
-                "before": confusion_of(answers["before"]) if before else None,
-                "after": confusion_of(answers["after"]),
-            },
-            **_changed_examples(answers, after.model.labels, texts),
+            **self._examples(answers, after.model, texts),
         }
 
     def _gain(
@@ -133,6 +133,16 @@ class Measuring:
             "speedup": {size: second["throughput"][size] / first["throughput"][size] for size in sizes},
             "latency": {size: first["latency_ms"][size]["p50"] / second["latency_ms"][size]["p50"] for size in sizes},
         }
+
+    def _examples(self, answers: Mapping[str, Answers], model: Model, texts: Any) -> dict[str, Any]:
+        """The answers themselves, as far as the report shows them."""
+        before, after = answers.get("before"), answers["after"]
+        if isinstance(after, ClassAnswers):
+            first = before if isinstance(before, ClassAnswers) else None
+            return _confusions(first, after, model.labels) | _changed_examples(first, after, model.labels, texts)
+        if isinstance(before, TokenAnswers) and isinstance(after, TokenAnswers):
+            return {"moved": _moved_examples(before, after, self.rows, model.tokenizer)}
+        return {"moved": []}
 
     def _speed(self, artifacts: Mapping[str, Artifact]) -> tuple[dict[str, Speed], dict[str, int | None]]:
         tokenizer = next(iter(artifacts.values())).model.tokenizer
@@ -159,11 +169,17 @@ class Measuring:
             return peak_memory(command, progress=self.progress)
 
 
-def _changed_examples(answers: Mapping[str, Answers], labels: Sequence[str], texts: Any) -> dict[str, Any]:
+def _confusions(before: ClassAnswers | None, after: ClassAnswers, labels: Sequence[str]) -> dict[str, Any]:
+    first = confusion_of(before) if before else None
+    return {"confusion": {"labels": list(labels), "before": first, "after": confusion_of(after)}}
+
+
+def _changed_examples(
+    before: ClassAnswers | None, after: ClassAnswers, labels: Sequence[str], texts: Any
+) -> dict[str, Any]:
     """The texts whose answer changed, with the names of their label and of both answers."""
-    if "before" not in answers:
+    if before is None:
         return {"changed": [], "changed_total": 0}
-    before, after = answers["before"], answers["after"]
     rows, total = changed(before, after, _CHANGED_SHOWN)
     return {
         "changed": [
@@ -177,6 +193,19 @@ def _changed_examples(answers: Mapping[str, Answers], labels: Sequence[str], tex
         ],
         "changed_total": total,
     }
+
+
+def _moved_examples(before: TokenAnswers, after: TokenAnswers, rows: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """The rows whose perplexity moved the most. Rows are pieces of documents, so they are decoded, not looked up."""
+    found = []
+    for row in moved(before, after, _CHANGED_SHOWN):
+        tokens = rows[row].get("labels") or rows[row]["input_ids"]  # of a pair, what was to be foretold
+        perplexities = {"before": before.losses[row], "after": after.losses[row]}
+        found.append(
+            {"text": tokenizer.decode(tokens, skip_special_tokens=True)}
+            | {side: math.exp(min(float(loss), _LARGEST_LOSS)) for side, loss in perplexities.items()}
+        )
+    return found
 
 
 def same_threads() -> int:

@@ -34,9 +34,7 @@ def test_half_of_every_matrix_is_zero_and_stays_so(family, method, pattern, tiny
 @pytest.mark.parametrize("allocation", ["outliers", "sensitivity"])
 def test_blocks_that_need_their_weights_keep_more_and_the_total_is_met(family, allocation, tiny_model, rows_of):
     model = tiny_model(family)
-    facts = moss_rlhf.prune(
-        model, rows_of(model.task), method="wanda", sparsity=0.5, allocation=allocation, rows=16
-    )
+    facts = moss_rlhf.prune(model, rows_of(model.task), method="wanda", sparsity=0.5, allocation=allocation, rows=16)
     assert facts["sparsity"] == pytest.approx(0.5, abs=0.03)
     assert len(set(facts["shares"].values())) > 1
 

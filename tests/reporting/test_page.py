@@ -144,6 +144,16 @@ def test_facts_in_words():
     assert fact_in_words(None) == "not measured"
 
 
+def test_a_language_model_shows_the_texts_whose_perplexity_moved(read, report):
+    moved = [{"text": HOSTILE, "before": 12.3456, "after": 4567.8}]
+    page = read(moved=moved, confusion=None, changed=None)
+    assert HOSTILE in page.text
+    assert "12.35" in page.text
+    assert "4,568" in page.text
+    assert "Where it errs" not in page.text
+    assert "img" not in page.tags
+
+
 def test_write_page_leaves_one_whole_file(report, tmp_path):
     write_page(report, tmp_path / "run" / "report.html")
     assert [place.name for place in (tmp_path / "run").iterdir()] == ["report.html"]

@@ -1,3 +1,5 @@
+import pytest
+
 from moss_rlhf.reporting import summary, terminal_summary
 
 
@@ -79,3 +81,33 @@ def test_terminal_summary_has_six_to_ten_lines(report):
         assert len(terminal_summary(report).splitlines()) == lines
     assert terminal_summary(report).endswith("and 38 more notes in the report")
     assert "142 /s → 597 /s, texts in batches of 32" in terminal_summary(report)
+
+
+def of_perplexity(report, delta, low, high):
+    """The report of a language model whose perplexity was 20."""
+    change = {"name": "perplexity", "delta": delta, "low": low, "high": high, "p_value": 0.2, "lower_is_better": True}
+    report["gain"]["metric"] = change
+    for side, value in (("before", 20.0), ("after", 20.0 + delta)):
+        report[side]["metrics"] = {"perplexity": {"value": value, "low": value - 1, "high": value + 1}}
+    return report
+
+
+@pytest.mark.parametrize(
+    ("delta", "low", "high", "words"),
+    [
+        (-2.0, -3.0, -1.0, "perplexity down"),
+        (2.0, 1.0, 3.0, "perplexity up"),
+        (0.1, -0.2, 0.3, "no measurable rise of perplexity"),
+        (-0.1, -0.3, 0.2, "no measurable change of perplexity"),
+        (0.1, -0.2, 0.5, "a rise of perplexity not ruled out"),  # 0.5 is more than 2 % of 20
+        (-0.1, -9.0, 0.3, "no measurable change of perplexity"),
+    ],
+)
+def test_a_rise_of_perplexity_is_a_loss(report, delta, low, high, words):
+    assert summary.headline(of_perplexity(report, delta, low, high)).endswith(words)
+
+
+def test_reasons_name_the_rise_of_perplexity_that_the_test_cannot_rule_out(report):
+    text = " ".join(summary.reasons(of_perplexity(report, 0.1, -0.2, 0.3)))
+    assert "the true change of perplexity lies between −0.200 and +0.300" in text
+    assert "So a rise of up to 0.300 can't be ruled out" in text

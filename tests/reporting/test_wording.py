@@ -39,6 +39,10 @@ def test_significant(value, words):
         (wording.signed, -0.006, "−0.006"),
         (wording.signed, 0.0041, "+0.004"),
         (wording.signed, -0.0004, "±0.000"),
+        (wording.score, 23.4567, "23.46"),
+        (wording.score, 12345.6, "12,346"),
+        (wording.signed, 23.4567, "+23.46"),
+        (wording.signed, -1234.5, "−1,234"),
         (wording.milliseconds, 0.902, "0.902 ms"),
         (wording.rate, 597.2, "597 /s"),
     ],
@@ -89,3 +93,11 @@ def test_change_in_words():
         == "−0.050, 90 % interval −0.062 to −0.038: accuracy fell, outside what chance explains"
     )
     assert wording.change_in_words(change(None, None), 0.9) == "+0.010, interval not measured"
+
+
+@pytest.mark.parametrize(("low", "high", "mark"), [(-2.0, -0.5, "better"), (0.5, 2.0, "worse"), (-1.0, 1.0, "same")])
+def test_a_perplexity_that_falls_is_better(low, high, mark):
+    lower = {"name": "perplexity", "delta": (low + high) / 2, "low": low, "high": high, "lower_is_better": True}
+    assert wording.mark_of_metric(lower) == mark
+    words = {"better": "perplexity fell, outside", "worse": "perplexity rose, outside", "same": "no significant"}
+    assert words[mark] in wording.change_in_words(lower, 0.95)

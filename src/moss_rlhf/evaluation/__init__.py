@@ -2,12 +2,15 @@
 
 from moss_rlhf.evaluation.comparison import (
     Answers,
+    ClassAnswers,
+    TokenAnswers,
     answer,
     changed,
     confusion_of,
     evaluate,
     gain_of,
     metrics_of,
+    moved,
     sizes_of,
 )
 from moss_rlhf.evaluation.machine import describe_machine, versions
@@ -22,10 +25,12 @@ from moss_rlhf.evaluation.statistics import (
 
 __all__ = [
     "Answers",
+    "ClassAnswers",
     "Difference",
     "Estimate",
     "PeakMemory",
     "Speed",
+    "TokenAnswers",
     "answer",
     "bootstrap",
     "changed",
@@ -35,6 +40,7 @@ __all__ = [
     "gain_of",
     "measure_speed",
     "metrics_of",
+    "moved",
     "paired_difference",
     "peak_memory",
     "sizes_of",

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moss_rlhf.errors import DataError, ModelError
 from moss_rlhf.evaluation.statistics import bootstrap, paired_difference
 from moss_rlhf.model.cost import macs_per_token
 from moss_rlhf.model.runtime import Runtime, TorchRuntime
-from moss_rlhf.tasks import TASKS, Task
+from moss_rlhf.tasks import TASKS, Task, TextClassification
 from moss_rlhf.tasks.metrics import confusion
+from moss_rlhf.tasks.row_statistics import RowStatistics, confusion_cells, written_out
 
 if TYPE_CHECKING:
     from moss_rlhf.model.checkpoint import Model
 
 
+class Answers(Protocol):
+    """What a runtime answered on rows, as far as every task's is alike."""
+
+    @property
+    def statistics(self) -> RowStatistics: ...
+
+
 @dataclass(frozen=True)
-class Answers:
-    """What a runtime answered on rows: logits (rows, classes), class ids (rows,), and the truth (rows,)."""
+class ClassAnswers:
+    """Answers of classification: logits (rows, classes), class ids (rows,), and the truth (rows,)."""
 
     logits: NDArray[np.float32]
     ids: NDArray[np.int64]
@@ -31,6 +40,10 @@ class Answers:
         return int(self.logits.shape[1])
 
     @property
+    def statistics(self) -> RowStatistics:
+        return confusion_cells(self.labels, self.ids, self.classes)
+
+    @property
     def confidence_in_truth(self) -> NDArray[np.float64]:
         """The probability given to the true class, (rows,)."""
         logits = self.logits.astype(np.float64)
@@ -39,25 +52,43 @@ class Answers:
         return truth
 
 
+@dataclass(frozen=True)
+class TokenAnswers:
+    """Answers of a language model, whose logits are never kept: (rows, 3) of Σ −log p, target tokens, right ones."""
+
+    scores: NDArray[np.float64]
+
+    @property
+    def statistics(self) -> RowStatistics:
+        return written_out(self.scores)
+
+    @property
+    def losses(self) -> NDArray[np.float64]:
+        """−log p a target token of each row, (rows,)."""
+        losses: NDArray[np.float64] = self.scores[:, 0] / self.scores[:, 1]
+        return losses
+
+
 def answer(task: Task, runtime: Runtime, rows: Any, tokenizer: Any) -> Answers:
-    """Ask a runtime about encoded rows with labels."""
-    logits = task.predict(runtime, rows, tokenizer)
-    return Answers(logits, task.answers(logits), np.asarray(rows["labels"], dtype=np.int64))
+    """Ask a runtime about encoded rows with labels.
+
+    raises   ModelError where a language model is in another runtime than PyTorch, or its scores are not finite.
+    """
+    if isinstance(task, TextClassification):
+        logits = task.predict(runtime, rows, tokenizer)
+        return ClassAnswers(logits, task.answers(logits), np.asarray(rows["labels"], dtype=np.int64))
+    if not isinstance(runtime, TorchRuntime):
+        raise ModelError(f"evaluate: {task.name} is measured in PyTorch, not in {runtime.name}. Leave the export out.")
+    scores = task.scores(runtime.network, rows, tokenizer)
+    if not np.isfinite(scores).all():
+        raise ModelError("evaluate: the model's probabilities are not finite; look for inf or nan in the checkpoint.")
+    return TokenAnswers(scores)
 
 
 def metrics_of(task: Task, answers: Answers, *, confidence: float, resamples: int, seed: int) -> dict[str, Any]:
     """Every metric of the task with its interval: {name: {"value", "low", "high"}}."""
-    return dict(
-        bootstrap(
-            answers.labels,
-            answers.ids,
-            answers.classes,
-            metrics=task.metrics,
-            confidence=confidence,
-            resamples=resamples,
-            seed=seed,
-        )
-    )
+    rows = answers.statistics
+    return dict(bootstrap(rows, metrics=task.metrics, confidence=confidence, resamples=resamples, seed=seed))
 
 
 def sizes_of(model: Model, mean_length: float) -> dict[str, Any]:
@@ -72,28 +103,33 @@ def sizes_of(model: Model, mean_length: float) -> dict[str, Any]:
 def gain_of(
     task: Task, before: Answers, after: Answers, *, confidence: float, resamples: int, seed: int
 ) -> dict[str, Any]:
-    """The difference of the task's metric, after − before, on the same rows."""
+    """The difference of the task's metric, after − before, on the same rows; "lower_is_better" where it is so."""
     difference = paired_difference(
-        after.labels,
-        before.ids,
-        after.ids,
-        after.classes,
+        before.statistics,
+        after.statistics,
         metric=task.metrics[task.metric],
         confidence=confidence,
         resamples=resamples,
         seed=seed,
     )
-    return {"name": task.metric, **difference}
+    direction = {"lower_is_better": True} if task.metric in task.lower_is_better else {}
+    return {"name": task.metric, **difference, **direction}
 
 
-def changed(before: Answers, after: Answers, most: int) -> tuple[list[int], int]:
+def changed(before: ClassAnswers, after: ClassAnswers, most: int) -> tuple[list[int], int]:
     """Up to `most` rows whose answer changed, the largest move of confidence in the truth first; and how many did."""
     rows = np.flatnonzero(before.ids != after.ids)
     moved = np.abs(after.confidence_in_truth - before.confidence_in_truth)[rows]
     return [int(row) for row in rows[np.argsort(-moved, kind="stable")][:most]], len(rows)
 
 
-def confusion_of(answers: Answers) -> list[list[int]]:
+def moved(before: TokenAnswers, after: TokenAnswers, most: int) -> list[int]:
+    """Up to `most` rows, those first whose −log p a token moved the furthest."""
+    furthest = np.argsort(-np.abs(after.losses - before.losses), kind="stable")
+    return [int(row) for row in furthest[:most]]
+
+
+def confusion_of(answers: ClassAnswers) -> list[list[int]]:
     matrix: list[list[int]] = confusion(answers.labels, answers.ids, answers.classes).tolist()
     return matrix
 
@@ -104,11 +140,14 @@ def evaluate(
     """Measure a model in PyTorch on labelled rows: metrics with intervals, rows, sizes.
 
     rows     encoded rows, or rows with the task's columns.
+    raises   DataError where there is none, or none from which a language model foretells a token.
     """
     from moss_rlhf.tasks.loading import encoded
 
     task = TASKS[model.task]
     ready = encoded(model, rows)
+    if not len(ready):
+        raise DataError("evaluate: there are no rows to measure on; give at least one with a text.")
     answers = answer(task, TorchRuntime(model.network), ready, model.tokenizer)
     metrics = metrics_of(task, answers, confidence=confidence, resamples=resamples, seed=seed)
     return {"metrics": metrics, "rows": len(ready), **sizes_of(model, float(np.mean(ready["length"])))}

@@ -8,11 +8,11 @@ from torch.nn.functional import kl_div, log_softmax, softmax
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), the mean over rows.
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), the mean over rows; for a language model, over target tokens.
 
     The factor T² keeps the gradient's size (Hinton et al. 2015, arXiv:1503.02531, §2).
 
-    student, teacher   (rows, classes) logits; computed in float32.
+    student, teacher   (rows or tokens, classes) logits; computed in float32.
     """
     log_student = log_softmax(student.float() / temperature, dim=-1)
     target = softmax(teacher.float() / temperature, dim=-1)

@@ -118,7 +118,8 @@ def finetune(
     bfloat16 = uses_bfloat16(precision)
     if teacher is not None:
         _check_teacher(model, teacher)
-        train = _with_teacher(train, teacher, progress)
+        if task.has_classes:
+            train = _with_teacher(train, teacher, progress)
     sampler = EpochSampler(train["length"], batch_size, seed, length_bucketing)
     with _folder(workspace) as folder:
         trainer = LayerwiseTrainer(
@@ -138,6 +139,7 @@ def finetune(
             ),
             collate=lambda rows: _collate(rows, model, task),
             train=train,
+            teacher=_asked_at_every_step(teacher),
         )
         _train(trainer, folder, task, save_every_seconds, progress)
     return _training(trainer, task, bfloat16)
@@ -164,13 +166,16 @@ def evaluate_loss(model: Model, encoded: Any, task: Task) -> dict[str, float]:
 
 
 def _rows(model: Model, rows: Any, name: str) -> Any:
-    if len(rows) == 0:
+    ready = encoded(model, rows) if len(rows) else rows
+    if len(ready) == 0:  # a language model has no row of a text that is a single token
         raise DataError(f"finetune: {name} holds no rows; give at least one.")
-    return encoded(model, rows)
+    return ready
 
 
 def _check_teacher(model: Model, teacher: Model) -> None:
-    if teacher.labels != model.labels:
+    if teacher.task != model.task:
+        raise ModelError(f"finetune: the teacher's task is {teacher.task}, the model's {model.task}. Give one of it.")
+    if TASKS[model.task].has_classes and teacher.labels != model.labels:
         raise ModelError(
             f"finetune: the teacher's labels are {', '.join(teacher.labels)}, the model's {', '.join(model.labels)}. "
             "Give a teacher of the same labels in the same order."
@@ -187,6 +192,14 @@ def _with_teacher(train: Any, teacher: Model, progress: Progress) -> Any:
     progress.say("  asking the teacher")
     logits = TASKS[teacher.task].predict(TorchRuntime(teacher.network), train, teacher.tokenizer)
     return train.add_column("teacher_logits", [row.tolist() for row in logits])
+
+
+def _asked_at_every_step(teacher: Model | None) -> Any:
+    """The network of a teacher whose answers can't be kept: a language model's logits are a vocabulary a token."""
+    if teacher is None or TASKS[teacher.task].has_classes:
+        return None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return teacher.network.to(device).eval()
 
 
 def _collate(rows: Sequence[Mapping[str, Any]], model: Model, task: Task) -> dict[str, torch.Tensor]:

@@ -72,7 +72,10 @@ def best_of(log_history: Sequence[Mapping[str, float]], task: Task) -> Best:
 
 
 class LayerwiseTrainer(Trainer):
-    """Trains a `Plan`; `evaluator` measures the network and returns {"loss", metric: value}."""
+    """Trains a `Plan`; `evaluator` measures the network and returns {"loss", metric: value}.
+
+    teacher   a network that is asked at every step; None: none, or its logits are a column of the rows.
+    """
 
     def __init__(
         self,
@@ -85,9 +88,11 @@ class LayerwiseTrainer(Trainer):
         arguments: TrainingArguments,
         collate: Callable[[Any], Any],
         train: Any,
+        teacher: Any = None,
     ) -> None:
         super().__init__(model=network, args=arguments, data_collator=collate, train_dataset=train)
         self.plan, self.task, self.evaluator, self.sampler = plan, task, evaluator, sampler
+        self.teacher = teacher
         self.remove_callback(PrinterCallback)
         self._folder: str | None = None
         self._carried_seconds = 0.0
@@ -121,10 +126,15 @@ class LayerwiseTrainer(Trainer):
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         labels, teacher = inputs.pop("labels"), inputs.pop("teacher_logits", None)
-        outputs = model(**self.task.inputs(self.model, inputs | {"labels": labels}))
+        given = self.task.inputs(self.model, inputs | {"labels": labels})
+        outputs = model(**given)
         loss = self.task.loss(outputs.logits, labels)
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher = self.teacher(**given).logits
         if teacher is not None:
-            learned = distillation_loss(outputs.logits, teacher, self.plan.temperature)
+            student, taught = (self.task.at_targets(logits, labels) for logits in (outputs.logits, teacher))
+            learned = distillation_loss(student, taught, self.plan.temperature)
             loss = mixed_loss(loss, learned, self.plan.teacher_weight)
         if not loss.isfinite():
             raise ModelError(

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moss_rlhf.model.anatomy import anatomy_of
+from moss_rlhf.model.anatomy import Matrix, anatomy_of
 
 LARGEST_CODE = 64
 
@@ -185,11 +185,26 @@ def round_to_int8(weight: Tensor) -> Tensor:
     return round_to_grid(weight, INT8)
 
 
+def quantized_tables(network: Any) -> tuple[Matrix, ...]:
+    """The embedding tables that int8 quantizes along with the blocks' matrices, a scale a row.
+
+    An encoder's are all of its tables. A decoder's are the words', whether the head shares them or has its own: its
+    runtime keeps positions in float.
+    """
+    anatomy = anatomy_of(network)
+    if anatomy.family.kind == "encoder":
+        found = [module for module in network.modules() if isinstance(module, nn.Embedding)]
+    else:
+        found = [network.get_input_embeddings(), network.get_output_embeddings()]
+    names = {id(module): name for name, module in network.named_modules()}
+    own = {id(module.weight): module for module in reversed(found) if module is not None}  # tied ones once
+    return tuple(Matrix(f"{names[id(module)]}.weight", module) for module in own.values())
+
+
 def quantized_weights(network: Any) -> dict[str, nn.Parameter]:
     """The named parameters that int8 quantizes: the matrices of the blocks, and the embedding tables.
 
-    The head stays in float32: it is a thousandth of the weights and decides the answer.
+    The head of a classifier stays in float32: it is a thousandth of the weights and decides the answer.
     """
-    linears = {id(matrix.parameter) for matrix in anatomy_of(network).matrices}
-    tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
-    return {name: value for name, value in network.named_parameters() if id(value) in linears | tables}
+    found = {id(matrix.parameter) for matrix in (*anatomy_of(network).matrices, *quantized_tables(network))}
+    return {name: value for name, value in network.named_parameters() if id(value) in found}

@@ -43,6 +43,7 @@ class InputStatistics:
     squared_norm       (in,) Σ x², float64.
     absolute_maximum   (in,) float32.
     absolute_sum       (in,) Σ |x|, float64.
+    least, most        of all features.
     gram               (in, in) Σ x xᵀ, float32; None where only norms were asked for.
     """
 
@@ -52,6 +53,8 @@ class InputStatistics:
     squared_norm: Tensor = field(init=False)
     absolute_maximum: Tensor = field(init=False)
     absolute_sum: Tensor = field(init=False)
+    least: float = field(init=False, default=math.inf)
+    most: float = field(init=False, default=-math.inf)
     gram: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -69,6 +72,7 @@ class InputStatistics:
         self.squared_norm += values.square().sum(dim=0, dtype=torch.float64).cpu()
         self.absolute_sum += magnitudes.sum(dim=0, dtype=torch.float64).cpu()
         if len(values):
+            self.least, self.most = min(self.least, float(values.min())), max(self.most, float(values.max()))
             self.absolute_maximum = torch.maximum(self.absolute_maximum, magnitudes.amax(dim=0).cpu())
         if self.gram is not None:
             self.gram.addmm_(values.T.cpu(), values.cpu())

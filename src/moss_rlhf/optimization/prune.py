@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moss_rlhf.errors import ModelError
-from moss_rlhf.model.anatomy import Matrix
+from moss_rlhf.model.anatomy import Block, Matrix
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.replay import InputStatistics, calibrate
 from moss_rlhf.optimization.allocation import outlier_ratio, sparsities_by_outliers
@@ -225,6 +225,11 @@ def _zero(model: Model, matrix: Matrix, weight: Tensor) -> None:
         model.pruned.append(matrix.parameter)
 
 
+def _mean_share(block: Block, shares: Mapping[str, float]) -> float:
+    sizes = {matrix.name: matrix.weight.numel() for matrix in block.matrices}
+    return sum(shares[name] * size for name, size in sizes.items()) / sum(sizes.values())
+
+
 def _facts(
     model: Model,
     pattern: Pattern,
@@ -242,7 +247,7 @@ def _facts(
     if rows:
         facts["rows_measured"] = rows
     if allocation != "uniform":
-        facts["shares"] = {block.name: shares[block.matrices[0].name] for block in model.anatomy.blocks}
+        facts["shares"] = {block.name: _mean_share(block, shares) for block in model.anatomy.blocks}
     if damping:
         facts["damping_raised"] = dict(damping)
     return facts | {"faster_here": _VERDICT[kind]}

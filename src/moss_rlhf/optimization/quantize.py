@@ -1,60 +1,204 @@
-"""Quantize: put weights on the int8 grid by rounding to the nearest point. The export realises exactly that grid."""
+"""Quantize: put weights on an integer grid. The exports of the same scheme realise exactly that grid.
+
+The driver; the solvers are `round_to_grid` (nearest), GPTQ, and SparseGPT for pruning in the same pass.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moss_rlhf.errors import ModelError
+from moss_rlhf.model.anatomy import Matrix
 from moss_rlhf.model.checkpoint import Model
-from moss_rlhf.model.grid import quantized_weights, round_to_int8
-from moss_rlhf.model.quantization import Quantization
+from moss_rlhf.model.grid import INT8, Grid, integer_grid, quantized_tables, round_to_grid
 from moss_rlhf.model.processor import fast_int8, processor_flags
+from moss_rlhf.model.quantization import Quantization, Scheme
+from moss_rlhf.model.replay import InputStatistics, calibrate
+from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches
+from moss_rlhf.optimization.gptq import round_by_gptq, shortage
+from moss_rlhf.optimization.sparsegpt import prune_by_sparsegpt
+from moss_rlhf.progress import Progress
+from moss_rlhf.tasks.loading import encoded
+
+_DAMPING = 0.01
+_SCHEMES: Mapping[str, str] = {
+    "int8": "int8, symmetric, one scale an output channel and a token; activations dynamic",
+    "int8_static": "int8, symmetric, one scale an output channel and a token; activations in fixed ranges",
+    "int4": "int4, symmetric, weights only",
+}
 
 
-@torch.no_grad()
-def quantize(model: Model) -> dict[str, object]:
-    """Round the weights to the int8 grid, in place, and declare the scheme; returns the facts.
+def quantize(
+    model: Model,
+    train: Any = None,
+    *,
+    scheme: Scheme = "int8",
+    method: Literal["nearest", "gptq"] = "nearest",
+    group_size: int = 128,
+    activation_order: bool = False,
+    sparsity: float = 0.0,
+    rows: int = 128,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, object]:
+    """Round the weights to the scheme's grid, in place, and declare it; returns the facts. Zeros stay zeros.
 
-    Activations are quantized by the runtime, from each batch's own range (dynamic quantization).
-    raises   ModelError where the model is quantized already or holds inf or nan; nothing is changed then.
+    train              rows; `rows` of them, drawn by `seed`, are what gptq and int8_static measure on.
+    scheme             int8 (matrices and embedding tables; the runtime quantizes activations by each batch's range),
+                       int8_static (in ranges measured here), or int4 (the blocks' matrices only, `group_size` weights
+                       of a row sharing a scale).
+    method             nearest, or gptq (Frantar et al. 2022, arXiv:2210.17323): errors are made up for, block by block.
+    activation_order   gptq: columns of large inputs first.
+    sparsity           gptq: this share of every matrix becomes zero in the same pass (arXiv:2301.00774, §3.4).
+    raises             ModelError where the model is quantized already or holds inf or nan, a group does not fill a row
+                       evenly, or options do not go together; nothing is changed then.
     """
+    _refuse(model, scheme, method, activation_order, sparsity, train)
+    grid = grid_of(model, scheme, group_size)
+    _refuse_misfits(model, grid)
+    progress = progress or Progress(quiet=True)
+    originals = {matrix.name: matrix.weight.clone() for matrix in model.anatomy.matrices}
+    ranges: dict[str, tuple[float, float]] = {}
+    notes: dict[str, object] = {}
+    if method == "gptq" or scheme == "int8_static":
+        sample = calibration_rows(encoded(model, train), rows, seed)
+        batches = list(labelled_batches(model, sample))
+        solver = _Solver(model, grid, method, activation_order, sparsity)
+        for visit in calibrate(model, batches, gather="grams" if method == "gptq" else "norms", progress=progress):
+            for matrix in visit.block.matrices:
+                solver.solve(matrix, visit.statistics[matrix.name])
+        ranges = solver.ranges if scheme == "int8_static" else {}
+        notes = {"rows_measured": len(sample)} | solver.facts()
+    else:
+        for matrix in model.anatomy.matrices:
+            matrix.weight.copy_(round_to_grid(matrix.weight, grid))
+    if scheme != "int4":
+        for table in quantized_tables(model.network):
+            table.weight.copy_(round_to_grid(table.weight, grid))
+    model.quantization = Quantization(scheme, group_size if scheme == "int4" else None, ranges)
+    return _facts(model, originals, scheme, method) | notes
+
+
+def grid_of(model: Model, scheme: str, group_size: int = 128) -> Grid:
+    """The grid of a scheme, as the runtime of the model's kind holds it (docs/quantize.md)."""
+    if scheme == "int4":
+        return integer_grid(4, group_size)
+    return INT8 if model.anatomy.family.kind == "encoder" else integer_grid(8)
+
+
+class _Solver:
+    """Rounds one matrix after the other by what entered it."""
+
+    def __init__(self, model: Model, grid: Grid, method: str, activation_order: bool, sparsity: float) -> None:
+        self.model, self.grid, self.method = model, grid, method
+        self.activation_order, self.sparsity = activation_order, sparsity
+        self.pruned = {id(parameter) for parameter in model.pruned}
+        self.ranges: dict[str, tuple[float, float]] = {}
+        self.damping: dict[str, float] = {}
+        self.short: dict[str, str] = {}
+
+    def solve(self, matrix: Matrix, found: InputStatistics) -> None:
+        self.ranges[matrix.name] = (min(found.least, 0.0), max(found.most, 0.0))
+        if self.method == "nearest" or found.gram is None:
+            matrix.weight.copy_(round_to_grid(matrix.weight, self.grid))
+            return
+        if short := shortage(found.tokens, matrix.in_features):
+            self.short[matrix.name] = short
+        try:
+            weight, used = self._rounded(matrix, found.gram)
+        except ValueError as error:
+            raise ModelError(f"quantize: {matrix.name}: {error}.") from None
+        matrix.weight.copy_(weight)
+        if used > _DAMPING:
+            self.damping[matrix.name] = used
+
+    def _rounded(self, matrix: Matrix, gram: Tensor) -> tuple[Tensor, float]:
+        found = round_by_gptq(
+            matrix.weight,
+            gram,
+            self.grid,
+            activation_order=self.activation_order,
+            keep_largest=True,  # the scales must follow from the weights: they are not stored
+            damping=_DAMPING,
+            pruned=self._zeros(matrix, gram),
+        )
+        return found.weight, found.damping
+
+    def _zeros(self, matrix: Matrix, gram: Tensor) -> Tensor | None:
+        """What must be zero: SparseGPT chooses, and GPTQ's one pass makes up for pruning and rounding together."""
+        known = id(matrix.parameter) in self.pruned
+        zeros = matrix.weight == 0 if known else None
+        if not self.sparsity:
+            return zeros
+        if not known:
+            self.model.pruned.append(matrix.parameter)
+        chosen = prune_by_sparsegpt(matrix.weight, gram, self.sparsity, damping=_DAMPING).mask
+        return chosen if zeros is None else chosen | zeros
+
+    def facts(self) -> dict[str, object]:
+        """What did not go as asked for."""
+        found: dict[str, object] = {"damping_raised": self.damping} if self.damping else {}
+        if self.short:
+            found["too_few_tokens"] = f"{len(self.short)} matrices: {next(iter(self.short.values()))}"
+        return found
+
+
+def _refuse(model: Model, scheme: str, method: str, activation_order: bool, sparsity: float, train: Any) -> None:
     if model.quantization:
         raise ModelError(
             f"quantize: the model is quantized already ({model.quantization}); start from the checkpoint before."
         )
-    weights = quantized_weights(model.network)
-    rounded = {name: _rounded(name, parameter) for name, parameter in weights.items()}
-    errors = {name: _relative(rounded[name] - parameter, parameter) for name, parameter in weights.items()}
-    for name, parameter in weights.items():
-        parameter.copy_(rounded[name])
-    model.quantization = Quantization("int8")
+    if scheme not in _SCHEMES:
+        raise ModelError(f"quantize: scheme must be {', '.join(_SCHEMES)}, got {scheme!r}.")
+    if method != "gptq" and (activation_order or sparsity):
+        raise ModelError("quantize: activation_order and sparsity are for method gptq. Leave them out, or set it.")
+    if not 0 <= sparsity < 1:
+        raise ModelError(f"quantize: sparsity must be in [0, 1), got {sparsity}. Give a share such as 0.5.")
+    if scheme == "int8_static" and model.anatomy.family.kind != "encoder":
+        raise ModelError("quantize: int8_static is for encoders, whose runtime takes fixed ranges. Give scheme int8.")
+    if train is None and (method == "gptq" or scheme == "int8_static"):
+        raise ModelError(f"quantize: method {method} with scheme {scheme} measures on rows; give training rows.")
+
+
+def _refuse_misfits(model: Model, grid: Grid) -> None:
+    for matrix in model.anatomy.matrices:
+        try:
+            grid.group_width(matrix.in_features)
+        except ValueError as error:
+            raise ModelError(f"quantize: {matrix.name}: {error}.") from None
+    for name, parameter in model.network.named_parameters():
+        if not parameter.detach().isfinite().all():
+            raise ModelError(
+                f"quantize: {name}: weight is not finite: the checkpoint holds inf or nan. Fine-tune again with a lower "
+                "learning rate, or fetch the checkpoint again."
+            )
+
+
+def _facts(model: Model, originals: Mapping[str, Tensor], scheme: str, method: str) -> dict[str, object]:
+    errors = {matrix.name: _relative(matrix.weight, originals[matrix.name]) for matrix in model.anatomy.matrices}
     worst = sorted(errors, key=lambda name: -errors[name])[:3]
+    tables = 0 if scheme == "int4" else len(quantized_tables(model.network))
     return {
-        "scheme": "int8, symmetric, one scale an output channel and a token; activations dynamic",
-        "matrices": len(weights),
+        "scheme": _SCHEMES[scheme],
+        "method": method,
+        "matrices": len(errors) + tables,
         "relative_error": sum(errors.values()) / len(errors),
         "worst": {name: errors[name] for name in worst},
-        "faster_here": _verdict(fast_int8(processor_flags())),
+        "faster_here": _verdict(scheme, fast_int8(processor_flags())),
     }
 
 
-def _rounded(name: str, parameter: nn.Parameter) -> Tensor:
-    try:
-        return round_to_int8(parameter.detach())
-    except ValueError as error:
-        raise ModelError(
-            f"quantize: {name}: {error}. Fine-tune again with a lower learning rate, or fetch the checkpoint again."
-        ) from None
+def _relative(weight: Tensor, original: Tensor) -> float:
+    return float((weight - original).norm() / original.norm().clamp_min(1e-30))
 
 
-def _relative(difference: Tensor, weight: Any) -> float:
-    return float(difference.norm() / weight.norm().clamp_min(1e-30))
-
-
-def _verdict(fast: bool) -> str:
+def _verdict(scheme: str, fast: bool) -> str:
+    if scheme == "int4":
+        return "no: int4 weights are for vLLM on a GPU; no runtime here multiplies them"
     if fast:
         return "yes: this processor multiplies int8 in hardware"
     return "somewhat: without VNNI, AMX or dot-product instructions int8 gains little; the report measures how much"

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moss_rlhf.model.grid import Grid, grid_parameters, is_finite
+from moss_rlhf.model.grid import Grid, is_finite, scale_and_zero
 from moss_rlhf.optimization.factor import Factor, check_hessian, factorize
 from moss_rlhf.optimization.patterns import Pattern, check_sparsity, pattern_mask, whole
 
@@ -93,18 +93,39 @@ def prune_by_sparsegpt(
 
 
 class _Rounding:
-    """Rounds a column at a time to a grid whose scales were found beforehand."""
+    """Rounds a column at a time to a grid. Matrices (in, out) and (groups, out)."""
 
     def __init__(self, weight: Tensor, grid: Grid) -> None:
-        scale, zero = grid_parameters(weight, grid)
-        self.group, self.scale, self.zero = grid.group_width(weight.shape[1]), scale.T.contiguous(), zero.T
-        self.least, self.most = grid.lowest - self.zero.contiguous(), grid.highest - self.zero.contiguous()
+        self.grid, self.group = grid, grid.group_width(weight.shape[1])
+        columns = weight.float().T
+        self.scale = columns.new_ones(len(columns) // self.group, columns.shape[1])
+        self.zero = torch.zeros_like(self.scale, dtype=torch.int32)
+        # the code that a weight must get, 0: none. Symmetric grids hold the largest weight of each group at the end of
+        # the codes: then max|weight| / highest gives the scale back, and exporters that look for it find this grid
+        self.held = torch.zeros_like(columns, memory_format=torch.contiguous_format) if grid.symmetric else None
+        self.fit(columns, 0)
 
-    def __call__(self, values: Tensor, column: int) -> Tensor:
-        """Round values (out,) of a column in place."""
+    def fit(self, columns: Tensor, start: int) -> None:
+        """Find scales and zeros of the whole groups in `columns`, of which `start` is the first."""
+        groups = columns.unflatten(0, (-1, self.group))
+        first, stop = start // self.group, start // self.group + len(groups)
+        self.scale[first:stop], self.zero[first:stop] = scale_and_zero(
+            groups.amin(dim=1), groups.amax(dim=1), self.grid
+        )
+        if self.held is not None:
+            largest = groups.abs().argmax(dim=1, keepdim=True)
+            codes = groups.gather(1, largest).sign() * self.grid.highest
+            held = torch.zeros_like(groups).scatter_(1, largest, codes)
+            self.held[start : start + len(columns)] = held.flatten(0, 1)
+
+    def round(self, values: Tensor, column: int) -> None:
+        """Round the values (out,) of a column in place."""
         group = column // self.group
-        steps = values.div_(self.scale[group]).round_()
-        return torch.clamp(steps, self.least[group], self.most[group], out=steps).mul_(self.scale[group])
+        scale, zero = self.scale[group], self.zero[group]
+        values.div_(scale).round_().clamp_(self.grid.lowest - zero, self.grid.highest - zero)
+        if self.held is not None:
+            values.copy_(torch.where(self.held[column] == 0, values, self.held[column]))
+        values.mul_(scale)
 
 
 class _Walk:
@@ -118,26 +139,33 @@ class _Walk:
         self.lost = weight.float().T.clone(memory_format=torch.contiguous_format)  # W − Ŵ, once a column is done
         self.result = self.lost.clone()  # W + Σ (W − Ŵ) U, and once a column is done Ŵ
         self.mask = torch.zeros_like(self.lost, dtype=torch.bool)
-        self.units = pattern.keep[1] if pattern.keep else pattern.block[1] if pattern.block else 1
-        self.chosen_at = pattern.keep[1] if pattern.keep else max(1, BLOCK // self.units) * self.units
+        together = pattern.keep[1] if pattern.keep else pattern.block[1] if pattern.block else 1
+        self.block, panel = (max(1, size // together) * together for size in (BLOCK, PANEL))
+        self.chosen = together if pattern.keep else self.block  # columns whose mask is chosen at once
+        self.widths = sorted({self.block, panel, self.chosen}, reverse=True)
 
     def run(self) -> None:
-        widths = [max(1, BLOCK // self.units) * self.units, max(1, PANEL // self.units) * self.units, self.chosen_at]
-        self._step(0, len(self.lost), sorted(set(widths), reverse=True))
+        self._walk(0, len(self.lost), self.widths)
 
-    def _step(self, start: int, stop: int, widths: list[int]) -> None:
-        """Do the columns start … stop in steps of widths[0]; what lies before `start` has been handed on to them."""
-        if not widths:
-            return self._columns(start, stop)
+    def _walk(self, start: int, stop: int, widths: list[int]) -> None:
+        """Do the columns start … stop in steps of widths[0]; those before `start` have handed on to them already."""
         for first in range(start, stop, widths[0]):
             last = min(first + widths[0], stop)
             if first > start:
-                here = slice(start, first)
-                self.result[first:last].addmm_(self.upper[here, first:last].T, self.lost[here])
-            if widths[0] == self.chosen_at:
-                self._choose(first, last)
-            self._step(first, last, widths[1:])
-        return None
+                self.result[first:last].addmm_(self.upper[start:first, first:last].T, self.lost[start:first])
+            self._prepare(slice(first, last), widths[0])
+            if len(widths) > 1:
+                self._walk(first, last, widths[1:])
+            else:
+                self._columns(first, last)
+
+    def _prepare(self, here: slice, width: int) -> None:
+        """Find the grid of a block's groups where they fill it, and the mask of columns that share one."""
+        rounding = self.rounding
+        if rounding is not None and width == self.block and rounding.grid.group_size and not width % rounding.group:
+            rounding.fit(self._expected(here).masked_fill_(self.lost[here] == 0, 0), here.start)
+        if width == self.chosen:
+            self._choose(here)
 
     def _columns(self, first: int, last: int) -> None:
         for column in range(first, last):
@@ -145,16 +173,18 @@ class _Walk:
             if column > first:
                 values.addmv_(self.lost[first:column].T, self.upper[first:column, column])
             if self.rounding is not None:
-                self.rounding(values, column)
+                self.rounding.round(values, column)
             values.masked_fill_(self.mask[column], 0)
             self.lost[column].sub_(values)
 
-    def _choose(self, first: int, last: int) -> None:
-        """Mark the weights of columns first … last whose removal costs least."""
-        here = slice(first, last)
+    def _choose(self, here: slice) -> None:
+        """Mark the weights of the columns `here` whose removal costs least."""
         zeros = self.lost[here] == 0
         cost = self._expected(here).square_().mul_(self.pivots[here, None]).masked_fill_(zeros, 0)
-        torch.logical_or(pattern_mask(cost.T, self.pattern, self._share(here), by_row=False).T, zeros, out=self.mask[here])
+        if self.rounding is not None and self.rounding.held is not None:
+            cost.masked_fill_(self.rounding.held[here] != 0, torch.inf)
+        mask = pattern_mask(cost.T, self.pattern, self._share(here), by_row=False).T
+        torch.logical_or(mask, zeros, out=self.mask[here])
 
     def _expected(self, here: slice) -> Tensor:
         """The columns `here` as they would all become if none of them were removed: W + Δ, where Δ + Δ Ů = C.

@@ -154,9 +154,6 @@ class QuantizeSpec(Spec):
         "int8", description="int8: activations at run time; int8_static: their ranges fixed; int4: weights only"
     )
     method: Literal["nearest", "gptq"] = "nearest"
-    scaling: Literal["none", "smooth", "awq"] = Field(
-        "none", description="move outliers before rounding: SmoothQuant's or AWQ's scales"
-    )
     group_size: Positive = Field(128, description="int4: weights of a row that share a scale")
     activation_order: bool = Field(False, description="gptq: columns of large activations first")
     sparsity: Removed = Field(0.0, description="gptq: prune this share in the same pass (SparseGPT)")

@@ -17,7 +17,8 @@ def forecast_text(check: Check) -> str:
 
 
 def _data_lines(check: Check) -> Iterator[str]:
-    yield f"labels: {', '.join(check.data.labels)}"
+    if check.data.labels:
+        yield f"labels: {', '.join(check.data.labels)}"
     for split, facts in check.data.facts.items():
         tokens = check.tokens[split]
         dropped = ", ".join(f"{count} {reason}" for reason, count in facts["dropped"].items() if count)

@@ -60,7 +60,7 @@ def _template() -> Template:
     )
     environment.filters.update(in_words=wording.name_in_words, fact=fact_in_words, duration=wording.duration)
     environment.filters.update(count=wording.count, flops=wording.flops, size=wording.size, estimate=wording.estimate)
-    environment.filters.update(percent=wording.percent)
+    environment.filters.update(percent=wording.percent, score=wording.score)
     return environment.get_template("page.html")
 
 

@@ -10,7 +10,7 @@ from moss_rlhf.reporting import wording
 Report = Mapping[str, Any]
 
 
-_TOLERABLE_LOSS = 0.02  # an interval that reaches further down is too wide to speak of no loss
+_TOLERABLE_LOSS = 0.02  # an interval that reaches further is too wide to speak of no loss; of a perplexity, a share
 
 
 def main_metric(report: Report) -> str | None:
@@ -46,7 +46,7 @@ def headline(report: Report) -> str:
     gain = report["gain"]
     if gain is None:
         return "Nothing to compare with"
-    words = [_speed_word(gain), _size_word(gain), _metric_word(gain["metric"])]
+    words = [_speed_word(gain), _size_word(gain), _metric_word(gain["metric"], _tolerable_loss(report))]
     text = ", ".join(word for word in words if word)
     return text[0].upper() + text[1:]
 
@@ -66,16 +66,31 @@ def _size_word(gain: Mapping[str, Any]) -> str:
     return words[wording.mark_of_ratio(gain["size"])]
 
 
-def _metric_word(change: Mapping[str, Any]) -> str:
-    name = change["name"]
-    if wording.mark_of_metric(change) == "same" and change["low"] < -_TOLERABLE_LOSS:
-        return f"a loss of {name} not ruled out"
+def _metric_word(change: Mapping[str, Any], tolerable: float) -> str:
+    name, lower = change["name"], wording.lower_is_better(change)
+    loss = "rise" if lower else "loss"
+    if wording.mark_of_metric(change) == "same" and _worst_loss(change) > tolerable:
+        return f"a {loss} of {name} not ruled out"
+    got_worse = change["delta"] >= 0 if lower else change["delta"] <= 0
     return {
-        "better": f"{name} up",
-        "worse": f"{name} down",
-        "same": f"no measurable loss of {name}" if change["delta"] <= 0 else f"no measurable change of {name}",
+        "better": f"{name} {'down' if lower else 'up'}",
+        "worse": f"{name} {'up' if lower else 'down'}",
+        "same": f"no measurable {loss if got_worse else 'change'} of {name}",
         "unknown": f"{name} not judged",
     }[wording.mark_of_metric(change)]
+
+
+def _worst_loss(change: Mapping[str, Any]) -> float:
+    """How much worse the metric may truly be, by the end of the interval."""
+    return float(change["high"] if wording.lower_is_better(change) else -change["low"])
+
+
+def _tolerable_loss(report: Report) -> float:
+    """In the metric's own unit: a perplexity has no scale of its own, so it is measured against the one before."""
+    change = report["gain"]["metric"]
+    if not wording.lower_is_better(change):
+        return _TOLERABLE_LOSS
+    return _TOLERABLE_LOSS * float((report["before"]["metrics"].get(change["name"]) or {"value": 0})["value"])
 
 
 def verdict(report: Report) -> str:
@@ -145,9 +160,11 @@ def _how_sure(report: Report) -> str:
     bounds = f"{wording.signed(low)} and {wording.signed(high)}"
     sure = f"With {wording.percent(confidence(report))} confidence"
     sentence = f"{sure} the true change of {name} lies between {bounds}{chance}."
-    if wording.mark_of_metric(change) != "same" or low > -0.0005:
+    worst = _worst_loss(change)
+    if wording.mark_of_metric(change) != "same" or worst < 0.0005:
         return sentence
-    return f"{sentence} So a fall of up to {wording.score(-low)} can't be ruled out with this many rows."
+    direction = "rise" if wording.lower_is_better(change) else "fall"
+    return f"{sentence} So a {direction} of up to {wording.score(worst)} can't be ruled out with this many rows."
 
 
 def _share_of_precision(report: Report) -> str:

@@ -87,12 +87,15 @@ def times(ratio: float) -> str:
 
 @_if_measured
 def score(value: float) -> str:
-    return _minus(f"{value:.3f}")
+    """A metric's value: 0.871, or 23.45 where it is no share."""
+    return _minus(f"{value:.3f}") if abs(value) < 10 else significant(value, 4)
 
 
 @_if_measured
 def signed(value: float) -> str:
     """With its sign: −0.006, +0.004; what rounds to nothing is ±0.000."""
+    if abs(value) >= 10:
+        return f"{'−' if value < 0 else '+'}{significant(abs(value), 4)}"
     return "±0.000" if abs(value) < 0.0005 else _minus(f"{value:+.3f}")
 
 
@@ -127,12 +130,17 @@ def mark_of_ratio(ratio: float | None) -> Mark:
 
 
 def mark_of_metric(change: Mapping[str, Any]) -> Mark:
-    """Better or worse only where the interval of the difference leaves out zero."""
+    """Better or worse only where the interval of the difference leaves out zero; which, the metric's direction says."""
     if change["low"] is None or change["high"] is None:
         return "unknown"
     if change["low"] <= 0 <= change["high"]:
         return "same"
-    return "better" if change["low"] > 0 else "worse"
+    return "better" if (change["low"] > 0) != lower_is_better(change) else "worse"
+
+
+def lower_is_better(change: Mapping[str, Any]) -> bool:
+    """Whether a fall of the metric is a gain, as of perplexity."""
+    return bool(change.get("lower_is_better", False))
 
 
 def ratio_in_words(ratio: float, better: str, worse: str, same: str) -> str:
@@ -148,10 +156,11 @@ def change_in_words(change: Mapping[str, Any], confidence: float) -> str:
     mark = mark_of_metric(change)
     if mark == "unknown":
         return f"{signed(change['delta'])}, interval not measured"
+    moved = "rose" if change["low"] > 0 else "fell"
     conclusion = {
         "same": "no significant difference",
-        "better": f"{change['name']} rose, outside what chance explains",
-        "worse": f"{change['name']} fell, outside what chance explains",
+        "better": f"{change['name']} {moved}, outside what chance explains",
+        "worse": f"{change['name']} {moved}, outside what chance explains",
     }[mark]
     bounds = f"{signed(change['low'])} to {signed(change['high'])}"
     return f"{signed(change['delta'])}, {percent(confidence)} interval {bounds}: {conclusion}"

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moss_rlhf.errors import DataError
 from moss_rlhf.tasks.batching import by_length, chunks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORED = -100  # a label that no loss counts
+_LARGEST_LOSS = 700.0  # exp of more is no float64; only broken weights lose as much a token
 _ROWS_AT_ONCE = 16
+_TOKENS_AT_ONCE = 2048  # of logits: 400 MB at 50,000 words
 
 
 def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
@@ -23,6 +26,11 @@ def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tenso
     from torch.nn.functional import cross_entropy
 
     return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction=reduction)
+
+
+def at_targets(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logits of the tokens that a loss counts: (batch, length, vocabulary) → (targets, vocabulary)."""
+    return logits[labels != IGNORED]
 
 
 def padded_labels(rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
@@ -37,14 +45,19 @@ def token_scores(task: Any, network: Any, encoded: Any, tokenizer: Any) -> NDArr
     """(rows, 3): of each row Σ −log p of its target tokens, how many there are, and how many were the likeliest.
 
     Logits are never kept: one batch of them at a time. Computed in batches of similar lengths, returned in row order.
+
+    raises   DataError where there are no rows.
     """
     import torch
+
+    if not len(encoded):
+        raise DataError(f"{task.name}: there are no rows to measure on; give at least one with a text.")
 
     device = next(network.parameters()).device
     order, parts = by_length(encoded["length"]), []
     network.eval()
     with torch.inference_mode():
-        for positions in chunks(order, _ROWS_AT_ONCE):
+        for positions in chunks(order, min(_ROWS_AT_ONCE, max(1, _TOKENS_AT_ONCE // max(encoded["length"])))):
             batch = task.collate([encoded[position] for position in positions], tokenizer)
             batch = {name: value.to(device) for name, value in batch.items()}
             logits = network(**task.inputs(network, batch), use_cache=False).logits
@@ -57,9 +70,8 @@ def _row_scores(logits: Tensor, labels: Tensor) -> NDArray[np.float64]:
     import torch
 
     inside = labels != IGNORED
-    targets = labels.masked_fill(~inside, 0)
-    losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none") * inside
-    correct = (logits.argmax(dim=-1) == targets) & inside
+    losses = token_loss(logits, labels, reduction="none").view(labels.shape)  # 0 where ignored
+    correct = (logits.argmax(dim=-1) == labels) & inside
     columns = [part.double().sum(dim=1) for part in (losses, inside, correct)]
     scores: NDArray[np.float64] = torch.stack(columns, dim=1).cpu().numpy()
     return scores
@@ -67,7 +79,7 @@ def _row_scores(logits: Tensor, labels: Tensor) -> NDArray[np.float64]:
 
 def perplexity(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     """exp(Σ −log p / tokens): (…, 3) sums of row scores → (…)."""
-    value: NDArray[np.float64] = np.exp(sums[..., 0] / sums[..., 1])
+    value: NDArray[np.float64] = np.exp(np.minimum(sums[..., 0] / sums[..., 1], _LARGEST_LOSS))
     return value
 
 
@@ -81,7 +93,7 @@ def mean_scores(scores: NDArray[np.float64]) -> dict[str, float]:
     """{"loss", "perplexity", "token_accuracy"} of all rows together."""
     sums = scores.sum(axis=0)
     loss = float(sums[0] / sums[1])
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "token_accuracy": float(sums[2] / sums[1])}
+    return {"loss": loss, "perplexity": math.exp(min(loss, _LARGEST_LOSS)), "token_accuracy": float(sums[2] / sums[1])}
 
 
 def encode_rows(rows: Any, encode_batch: Any, cache_file: str | None) -> Any:

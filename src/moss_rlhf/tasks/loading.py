@@ -12,6 +12,8 @@ from moss_rlhf.model.config import KEY, read_config, trained_labels
 from moss_rlhf.model.locate import locate
 from moss_rlhf.tasks import TASKS, TextClassification
 
+_LANGUAGE_ROW = 1024  # tokens: some models have positions for a hundred times as many, and memory for none
+
 
 def load(path: str | Path, labels: Sequence[str] | None = None, task: str | None = None) -> Model:
     """Load a checkpoint, whatever shapes moss-rlhf gave it: `.network`, `.tokenizer`, `.task`.
@@ -42,18 +44,27 @@ def encoded(model: Model, rows: Any, max_length: int | None = None) -> Any:
     """Rows as the methods take them: tokenized, where they are not yet.
 
     rows     a datasets.Dataset, or a list of mappings, with the task's columns; labels as names or class ids.
-    raises   DataError on a label that the model does not know.
+    max_length   tokens of a row; else as many as the model has positions for, of a language model no more than 1024.
+    raises   DataError where a text column is missing, or on a label that the model does not know.
     """
     if not isinstance(rows, Sequence) and "input_ids" in rows.column_names:
         return rows
-    return TASKS[model.task].encode(_dataset(model, rows), model.tokenizer, max_length or model.max_length)
+    task = TASKS[model.task]
+    usual = model.max_length if task.has_classes else min(model.max_length, _LANGUAGE_ROW)
+    return task.encode(_dataset(model, rows), model.tokenizer, max_length or usual)
 
 
 def _dataset(model: Model, rows: Any) -> Any:
     from datasets import Dataset
 
     data = Dataset.from_list(list(rows)) if isinstance(rows, Sequence) else rows
-    if "label" not in data.column_names:
+    texts = [column.name for column in TASKS[model.task].columns if column.kind == "text"]
+    if missing := [name for name in texts if name not in data.column_names]:
+        raise DataError(
+            f"rows: there is no column {missing[0]!r}; {model.task} needs {' and '.join(texts)}, and the columns are "
+            f"{', '.join(data.column_names) or '(none)'}. Rename one."
+        )
+    if "label" not in data.column_names or not TASKS[model.task].has_classes:
         return data
     ids = [_class_id(model, label) for label in data["label"]]
     return data.remove_columns("label").add_column("label", ids)

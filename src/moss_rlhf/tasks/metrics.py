@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 Counts = NDArray[np.int64]
 Numbers = NDArray[np.float64]
 Classes = Sequence[int] | NDArray[np.integer[Any]]
-Metric = Callable[[Counts], Numbers]
-"""Maps confusion matrices (..., classes, classes), rows = truth, to values (...)."""
+Metric = Callable[[Any], Numbers]
+"""Maps the sum of rows' statistics, or a stack of sums, to values (...): of confusion matrices (..., classes, classes),
+rows = truth, or of a language model's scores (..., 3)."""
 
 
 def confusion(labels: Classes, predictions: Classes, classes: int) -> Counts:

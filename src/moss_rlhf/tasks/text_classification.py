@@ -83,6 +83,10 @@ class TextClassification:
         """How many labels a loss counts: one a row."""
         return len(labels)
 
+    def at_targets(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The logits that a loss counts: every row's."""
+        return logits
+
     def measure(self, network: Any, encoded: Dataset, tokenizer: Any) -> dict[str, float]:
         """Mean loss and accuracy of encoded rows."""
         import torch

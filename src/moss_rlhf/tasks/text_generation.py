@@ -13,6 +13,7 @@ from moss_rlhf.tasks.batching import pad
 from moss_rlhf.tasks.language import (
     IGNORED,
     Row,
+    at_targets,
     encode_rows,
     mean_scores,
     perplexity,
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
 
 
 class TextGeneration:
-    """A document longer than the limit becomes several rows: no token is lost, and no two documents meet in a row."""
+    """A document longer than the limit becomes several rows, and no two documents meet in a row.
+
+    Each row begins with the last token of the one before: so every token but a document's first is foretold, once.
+    """
 
     name = "text-generation"
     columns = (Column("text", "text"),)
@@ -44,16 +48,19 @@ class TextGeneration:
         return AutoModelForCausalLM
 
     def encode(self, rows: Dataset, tokenizer: Any, max_length: int, cache_file: str | None = None) -> Dataset:
-        """Tokenize: columns input_ids and length. Pieces of one token, from which nothing can be learned, are left out.
+        """Tokenize: columns input_ids and length. Texts of one token, from which nothing can be learned, are left out.
 
         rows         column `text`.
-        max_length   tokens of a row; what is longer goes on in the next one.
+        max_length   tokens of a row, at least 2; what is longer goes on in the next one.
+        raises       ValueError on a shorter one.
         """
+        if max_length < 2:
+            raise ValueError(f"max_length must be at least 2, a token and the next, got {max_length}")
 
         def encode_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
             texts = tokenizer(batch["text"], return_attention_mask=False, verbose=False)["input_ids"]
-            parts = [ids[start : start + max_length] for ids in texts for start in range(0, len(ids), max_length)]
-            parts = [part for part in parts if len(part) > 1]
+            cuts = [(ids, start) for ids in texts for start in range(0, len(ids) - 1, max_length - 1)]
+            parts = [ids[start : start + max_length] for ids, start in cuts]
             return {"input_ids": parts, "length": [len(part) for part in parts]}
 
         return encode_rows(rows, encode_batch, cache_file)
@@ -85,6 +92,10 @@ class TextGeneration:
     def targets(self, labels: Tensor) -> int:
         """How many tokens a loss over these labels counts."""
         return int((labels[:, 1:] != IGNORED).sum())
+
+    def at_targets(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The logits that a loss counts, (targets, vocabulary)."""
+        return at_targets(*self.aligned(logits, labels))
 
     def scores(self, network: Any, encoded: Dataset, tokenizer: Any) -> NDArray[np.float64]:
         """(rows, 3) row scores, of which `metrics` are functions."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from moss_rlhf.data import Column
@@ -12,6 +13,7 @@ from moss_rlhf.tasks.batching import pad
 from moss_rlhf.tasks.language import (
     IGNORED,
     Row,
+    at_targets,
     encode_rows,
     mean_scores,
     padded_labels,
@@ -46,22 +48,23 @@ class Translation:
     def encode(self, rows: Dataset, tokenizer: Any, max_length: int, cache_file: str | None = None) -> Dataset:
         """Tokenize: columns input_ids, labels (the target's tokens) and length (of the longer of both).
 
-        rows         columns `source` and, optionally, `target`.
+        rows         columns `source` and `target`.
         max_length   tokens kept of each text, special tokens included; the tail is cut.
         """
         limits = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
 
         def encode_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
             sources = tokenizer(batch["source"], **limits)["input_ids"]
-            targets = tokenizer(text_target=batch["target"], **limits)["input_ids"] if "target" in batch else None
-            longest = [max(map(len, pair)) for pair in zip(sources, targets or sources, strict=True)]
-            return {"input_ids": sources, "length": longest} | ({"labels": targets} if targets else {})
+            targets = tokenizer(text_target=batch["target"], **limits)["input_ids"]
+            longest = [max(map(len, pair)) for pair in zip(sources, targets, strict=True)]
+            return {"input_ids": sources, "labels": targets, "length": longest}
 
         return encode_rows(rows, encode_batch, cache_file)
 
     def lengths(self, rows: Dataset, tokenizer: Any, most: int, seed: int) -> NDArray[Any]:
-        """Tokens of each source, uncut; of a seeded sample of `most` rows."""
-        return sampled_lengths(rows, "source", tokenizer, most, seed)
+        """Tokens of the longer of source and target, uncut; of a seeded sample of `most` rows."""
+        source, target = (sampled_lengths(rows, column, tokenizer, most, seed) for column in ("source", "target"))
+        return np.maximum(source, target)
 
     def collate(self, rows: Sequence[Row], tokenizer: Any) -> dict[str, Tensor]:
         """Encoded rows → one batch of tensors, padded on the right."""
@@ -87,6 +90,10 @@ class Translation:
     def targets(self, labels: Tensor) -> int:
         """How many tokens a loss over these labels counts."""
         return int((labels != IGNORED).sum())
+
+    def at_targets(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The logits that a loss counts, (targets, vocabulary)."""
+        return at_targets(logits, labels)
 
     def scores(self, network: Any, encoded: Dataset, tokenizer: Any) -> NDArray[Any]:
         """(rows, 3) row scores, of which `metrics` are functions."""
