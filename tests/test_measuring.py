@@ -10,6 +10,7 @@ from moss_rlhf.evaluation import ClassAnswers, changed
 from moss_rlhf.measuring import Artifact, Measuring, torch_artifact
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import EvaluateSpec
+from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.loading import encoded
 
 #             the truth: negative, positive, negative, positive
@@ -118,3 +119,50 @@ def test_threads_are_those_of_the_other_runtimes():
         assert measuring.same_threads() == usable_cores() == torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture
+def language_report(tiny_model, tiny_checkpoint, rows_of, tmp_path, monkeypatch):
+    """A language model against one whose weights are a little off, measured for real but for the memory."""
+
+    def compare(family, before=True):
+        monkeypatch.setattr(measuring, "peak_memory", lambda *_, **__: 123)
+        first, second = tiny_model(family), tiny_model(family)
+        for parameter in second.network.parameters():
+            parameter.data *= 1.01
+        rows = encoded(first, rows_of(first.task)[:12])
+        artifacts = [
+            torch_artifact(tiny_checkpoint(family, ("negative", "positive")), model) for model in (first, second)
+        ]
+        spec = EvaluateSpec(batch_sizes=[1, 4], resamples=200, speed_rows=4, speed_seconds=0.1)
+        measure = Measuring(rows, "test", tmp_path, spec, 0, Progress(quiet=True))
+        return measure.compare(artifacts[0] if before else None, artifacts[1], None, None), first, second, rows
+
+    return compare
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_a_language_model_is_judged_by_its_perplexity(language_report, family):
+    report, first, second, rows = language_report(family)
+    task = TASKS[first.task]
+    values = [task.measure(model.network, rows, model.tokenizer)["perplexity"] for model in (first, second)]
+    change = report["gain"]["metric"]
+    assert (change["name"], change["lower_is_better"]) == ("perplexity", True)
+    assert change["delta"] == pytest.approx(values[1] - values[0], rel=1e-6)
+    assert 0 < change["p_value"] <= 1
+    assert set(report["after"]["metrics"]) == {"perplexity", "token_accuracy"}
+    assert set(report["after"]["throughput"]) == {"1", "4"}
+    assert "confusion" not in report
+    scores = [task.scores(model.network, rows, model.tokenizer) for model in (first, second)]
+    moves = np.abs(np.subtract(*(score[:, 0] / score[:, 1] for score in scores)))
+    furthest = int(moves.argmax())
+    shown = report["moved"][0]
+    assert len(report["moved"]) == 12
+    assert shown["before"] == pytest.approx(np.exp(scores[0][furthest, 0] / scores[0][furthest, 1]))
+    tokens = rows[furthest].get("labels") or rows[furthest]["input_ids"]
+    assert shown["text"] == first.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_a_language_model_without_a_before_has_no_gain(language_report):
+    report, *_ = language_report("gpt2", before=False)
+    assert (report["gain"], report["before"], report["moved"]) == (None, None, [])

@@ -35,7 +35,6 @@ from moss_rlhf.model.runtime import Batch, OnnxRuntime, Runtime, TorchRuntime, u
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import EvaluateSpec
 from moss_rlhf.tasks import TASKS
-from moss_rlhf.tasks.batching import padding_of
 
 _CHANGED_SHOWN = 20
 _SPEED_POOL = 2000
@@ -45,7 +44,8 @@ PROTOCOL = (
     "Intervals are percentile bootstraps over rows; the difference is paired, row by row, and its p-value is McNemar's "
     "exact test for accuracy, and a test of random swaps of the two answers to each row for any other metric.",
     "Speed: identical tokenized batches of evaluation texts in random order, padded to their longest, the same number "
-    "of threads; rounds of before and after interleaved after a warm-up; medians. Tokenization is excluded.",
+    "of threads; rounds of before and after interleaved after a warm-up; medians. Tokenization is excluded. "
+    "A language model reads given tokens in one pass; it writes none.",
     "Peak memory: of a fresh process that loads the artifact and answers one batch of the largest size, libraries "
     "included.",
     "Bytes count weight files only. MACs are multiply-accumulates a token at the mean length of the evaluation texts.",
@@ -145,11 +145,12 @@ class Measuring:
         return {"moved": []}
 
     def _speed(self, artifacts: Mapping[str, Artifact]) -> tuple[dict[str, Speed], dict[str, int | None]]:
-        tokenizer = next(iter(artifacts.values())).model.tokenizer
-        padding = padding_of(tokenizer)
-        batches = speed_batches(
+        model = next(iter(artifacts.values())).model
+        padding = TASKS[model.task].padding(model.tokenizer)
+        padded = speed_batches(
             self._pool(), self.spec.batch_sizes, padding, seed=self.seed, rows_per_size=self.spec.speed_rows
         )
+        batches = {size: [_inputs(model, batch) for batch in group] for size, group in padded.items()}
         runtimes = {name: artifact.runtime for name, artifact in artifacts.items()}
         speeds = measure_speed(runtimes, batches, progress=self.progress, budget_seconds=self.spec.speed_seconds)
         largest = max(batches[max(batches)], key=lambda batch: batch["input_ids"].size)
@@ -206,6 +207,15 @@ def _moved_examples(before: TokenAnswers, after: TokenAnswers, rows: Any, tokeni
             | {side: math.exp(min(float(loss), _LARGEST_LOSS)) for side, loss in perplexities.items()}
         )
     return found
+
+
+def _inputs(model: Model, batch: Batch) -> Batch:
+    """What the network is called with: of an encoder-decoder, the target's tokens shifted right too."""
+    import torch
+
+    tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+    given = TASKS[model.task].inputs(model.network, tensors)
+    return {name: tensor.cpu().numpy() for name, tensor in given.items()}
 
 
 def same_threads() -> int:

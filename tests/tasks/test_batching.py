@@ -17,6 +17,14 @@ def test_rows_are_padded_on_the_right_to_the_longest():
     assert set(pad(rows, {"input_ids": 0})) == {"input_ids"}  # no mask where the network takes none
 
 
+def test_every_input_has_its_own_length():
+    batch = pad(
+        [{"input_ids": [5], "labels": [7, 8]}, {"input_ids": [6, 6, 6], "labels": []}], {"input_ids": 0, "labels": -1}
+    )
+    assert batch["input_ids"].tolist() == [[5, 0, 0], [6, 6, 6]]
+    assert batch["labels"].tolist() == [[7, 8], [-1, -1]]
+
+
 @pytest.mark.parametrize(("family", "padding"), [("bert", 0), ("roberta", 1), ("xlm-roberta", 1), ("distilbert", 0)])
 def test_padding_is_the_tokenizers_own(tiny_model, family, padding):
     tokenizer = tiny_model(family).tokenizer

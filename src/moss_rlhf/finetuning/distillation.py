@@ -8,7 +8,7 @@ from torch.nn.functional import kl_div, log_softmax, softmax
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), the mean over rows; for a language model, over target tokens.
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), the mean over rows, or over target tokens.
 
     The factor T² keeps the gradient's size (Hinton et al. 2015, arXiv:1503.02531, §2).
 

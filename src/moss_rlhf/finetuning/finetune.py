@@ -34,7 +34,7 @@ from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.model.zeros import Zeros
 from moss_rlhf.progress import Progress
 from moss_rlhf.strategy import SCHEDULES
-from moss_rlhf.tasks import TASKS, Task
+from moss_rlhf.tasks import TASKS, Task, TextClassification
 from moss_rlhf.tasks.loading import encoded
 
 _LOGGED_POINTS = 60  # of the loss, for the chart
@@ -118,8 +118,8 @@ def finetune(
     bfloat16 = uses_bfloat16(precision)
     if teacher is not None:
         _check_teacher(model, teacher)
-        if task.has_classes:
-            train = _with_teacher(train, teacher, progress)
+        if isinstance(task, TextClassification):
+            train = _with_teacher(train, teacher, task, progress)
     sampler = EpochSampler(train["length"], batch_size, seed, length_bucketing)
     with _folder(workspace) as folder:
         trainer = LayerwiseTrainer(
@@ -187,10 +187,10 @@ def _check_teacher(model: Model, teacher: Model) -> None:
         )
 
 
-def _with_teacher(train: Any, teacher: Model, progress: Progress) -> Any:
+def _with_teacher(train: Any, teacher: Model, task: TextClassification, progress: Progress) -> Any:
     """The rows with the teacher's logits as a column: one forward pass serves every epoch."""
     progress.say("  asking the teacher")
-    logits = TASKS[teacher.task].predict(TorchRuntime(teacher.network), train, teacher.tokenizer)
+    logits = task.predict(TorchRuntime(teacher.network), train, teacher.tokenizer)
     return train.add_column("teacher_logits", [row.tolist() for row in logits])
 
 

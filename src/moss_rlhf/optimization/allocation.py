@@ -13,11 +13,13 @@ from moss_rlhf.optimization.wanda import wanda_score
 def outlier_ratio(weight: Tensor, input_norm: Tensor, threshold: float = 5.0) -> float:
     """Share of the weights whose |weight| · input norm is above `threshold` times the matrix's mean.
 
-    Yin et al. 2023, arXiv:2310.05175, §3.2 (layer-wise outlier distribution, M = 5).
-    weight (out, in); input_norm (in,). Raises ValueError as `wanda_score`.
+    Yin et al. 2023, arXiv:2310.05175, §3.2 (layer-wise outlier distribution, M = 5). Scale-free in both arguments.
+    weight (out, in); input_norm (in,). Raises ValueError as `wanda_score`, or where threshold is not above 0.
     """
+    if not threshold > 0:
+        raise ValueError(f"threshold must be above 0 times the mean, got {threshold}")
     score = wanda_score(weight, input_norm)
-    return float((score > threshold * score.mean()).double().mean())
+    return int((score > threshold * score.mean()).sum()) / score.numel()
 
 
 def sparsities_by_outliers(
@@ -25,15 +27,19 @@ def sparsities_by_outliers(
 ) -> list[float]:
     """Sparsities within `sparsity` ± `spread` that fall as the outlier ratio rises; their weighted mean is `sparsity`.
 
-    Yin et al. 2023, §3.3: the ratios, scaled to a range of 2 · spread, are taken off, and the mean is put right.
+    s_i = sparsity − spread · (r_i − r̄) / max_k |r_k − r̄|, r̄ the weighted mean ratio (Yin et al. 2023, §3.3: s_i ∝ 1 −
+    r_i within S ± λ, λ = 0.08). The published code scales the ratios to a range of 2λ and puts the mean right
+    afterwards, which takes a single block of many outliers up to 2λ away from S; here λ is kept.
     ratios    one a block; weights: how many weights each has.
-    raises    ValueError where a share would leave [0, 1): give a smaller spread.
+    raises    ValueError where a share could leave [0, 1), the spread is below 0, or the lists don't fit.
     """
     check_sparsity(sparsity)
-    low, high = min(ratios), max(ratios)
-    scaled = [2 * spread * (ratio - low) / (high - low) if high > low else 0.0 for ratio in ratios]
-    mean = sum(one * size for one, size in zip(scaled, weights, strict=True)) / sum(weights)
-    found = [sparsity + mean - one for one in scaled]
-    if min(found) < 0 or max(found) >= 1:
-        raise ValueError(f"spread {spread} around sparsity {sparsity} leaves [0, 1): give a smaller spread")
-    return found
+    if not ratios or len(ratios) != len(weights) or min(weights) <= 0:
+        raise ValueError(f"one outlier ratio and one number of weights a block, got {len(ratios)} and {len(weights)}")
+    if spread < 0 or sparsity - spread < 0 or sparsity + spread >= 1:
+        raise ValueError(f"spread {spread} around sparsity {sparsity} leaves [0, 1): give a smaller spread, 0 or above")
+    mean = sum(ratio * size for ratio, size in zip(ratios, weights, strict=True)) / sum(weights)
+    farthest = max(abs(ratio - mean) for ratio in ratios)
+    if farthest <= 1e-12:
+        return [sparsity] * len(ratios)
+    return [sparsity - spread * (ratio - mean) / farthest for ratio in ratios]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moss_rlhf.optimization.patterns import check_sparsity, lowest_of_matrix
+from moss_rlhf.model.grid import is_finite
+from moss_rlhf.optimization.patterns import check_sparsity, lowest_of_all, lowest_of_matrix, whole
 
 
 def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
@@ -19,30 +20,26 @@ def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
     raises     ValueError on sparsity out of range or a weight that is not finite.
     """
     _refuse_infinite(weight)
-    return lowest_of_matrix(weight.detach().abs(), sparsity)
+    return lowest_of_matrix(weight.detach(), sparsity)
 
 
 def global_magnitude_masks(weights: Sequence[Tensor], sparsity: float) -> list[Tensor]:
     """As `magnitude_mask`, with one threshold for all matrices: the lowest share of all weights together goes.
 
-    The count is exact; of weights at the threshold itself, those of earlier matrices and positions go first.
+    The count is exact; of weights at the threshold itself, those of earlier matrices and positions go first. Memory
+    beyond the masks: a few copies of the largest matrix. A mask may cover a whole matrix, which would cut the network
+    in two: look for `mask.all()` before applying it.
+    raises   ValueError as `magnitude_mask`, naming the matrix by its place.
     """
     check_sparsity(sparsity)
-    for weight in weights:
-        _refuse_infinite(weight)
-    total = sum(weight.numel() for weight in weights)
-    removed = int(total * sparsity + 1e-9)
-    if removed == 0:
-        return [torch.zeros_like(weight, dtype=torch.bool) for weight in weights]
-    magnitudes = torch.cat([weight.detach().abs().flatten().float() for weight in weights])
-    threshold = magnitudes.kthvalue(removed).values
-    mask = magnitudes < threshold
-    at = (magnitudes == threshold).nonzero()[:, 0][: removed - int(mask.sum())]
-    mask[at] = True
-    sizes = [weight.numel() for weight in weights]
-    return [part.reshape(weight.shape) for part, weight in zip(mask.split(sizes), weights, strict=True)]
+    for place, weight in enumerate(weights):
+        _refuse_infinite(weight, f"weight {place}")
+    # one dtype for all, so that all have keys of the same length: float64 only where all are
+    wide = all(weight.dtype == torch.float64 for weight in weights)
+    matrices = list(weights) if wide else [weight.float() for weight in weights]
+    return lowest_of_all(matrices, whole(sum(weight.numel() for weight in weights), sparsity))
 
 
-def _refuse_infinite(weight: Tensor) -> None:
-    if not weight.isfinite().all():
-        raise ValueError("weight is not finite: the checkpoint holds inf or nan")
+def _refuse_infinite(weight: Tensor, name: str = "weight") -> None:
+    if weight.numel() and not is_finite(weight.detach()):
+        raise ValueError(f"{name} is not finite: the checkpoint holds inf or nan")

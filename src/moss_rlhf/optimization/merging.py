@@ -110,20 +110,21 @@ class Regression:
         self.of_features = torch.zeros(size, dtype=torch.float64, device=device)
         self.of_residuals = torch.zeros(matrix.out_features, dtype=torch.float64, device=device)
         self.squared = 0.0
-        self._centre: Tensor | None = None
+        self._levels: tuple[Tensor, Tensor] | None = None  # near the means of features and residuals
 
     def add(self, features: Tensor, residuals: Tensor) -> None:
         """Count tokens: features (tokens, in), residuals (tokens, out)."""
         found, wanted = _at_least_float32(features), _at_least_float32(residuals)
-        if self._centre is None:  # products of what is near its mean lose no digits when the mean is taken off
-            self._centre = found.mean(dim=0) if self.has_bias else torch.zeros_like(found[0])
-        found = found - self._centre
+        if self.has_bias:  # products of what is near its mean lose no digits when the mean is taken off
+            if self._levels is None:
+                self._levels = found.mean(dim=0), wanted.mean(dim=0)
+            found, wanted = found - self._levels[0], wanted - self._levels[1]
         self.tokens += len(found)
         self.gram += found.T @ found
         self.cross += wanted.T @ found
         self.of_features += found.sum(dim=0, dtype=torch.float64)
         self.of_residuals += wanted.sum(dim=0, dtype=torch.float64)
-        self.squared += float(wanted.square().sum(dtype=torch.float64))
+        self.squared += float(wanted.double().square().sum())
 
     def solve(self, damping: float, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None, float]:
         """(Δ, δ or None, mean squared error per token). kept (out, in) bool: Δ is 0 elsewhere."""
@@ -137,10 +138,11 @@ class Regression:
         return change, self._offset(change), max(error, 0.0) / self.tokens
 
     def _offset(self, change: Tensor) -> Tensor | None:
-        if not self.has_bias or self._centre is None:
+        if self._levels is None:
             return None
-        mean = self._centre + self.of_features / self.tokens
-        return self.of_residuals / self.tokens - change @ mean
+        of_features, of_residuals = self._levels
+        wanted = of_residuals + self.of_residuals / self.tokens
+        return wanted - change @ (of_features + self.of_features / self.tokens)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

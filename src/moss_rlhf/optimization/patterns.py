@@ -53,12 +53,12 @@ def check_sparsity(sparsity: float) -> None:
 
 
 def whole(count: int, sparsity: float) -> int:
-    """The share of `count` in whole units, rounded down; 0.29 of 100 is 29, although 0.29 · 100 is 28.999999999999996."""
+    """The share of `count` in whole units, rounded down; 0.29 of 100 is 29, although 0.29 · 100 < 29 in floats."""
     return int(count * sparsity + 1e-9)
 
 
 def lowest_of_rows(score: Tensor, sparsity: float) -> Tensor:
-    """True for the lowest share of each row, rounded down to whole weights. score (out, in); returns bool, (out, in)."""
+    """True for the lowest share of each row, rounded down to whole weights. score (out, in); returns bool, alike."""
     check_sparsity(sparsity)
     removed = whole(score.shape[1], sparsity)
     if not removed or not score.numel():
@@ -139,13 +139,10 @@ def _bits(scores: Sequence[Tensor]) -> int:
 def all_but_highest(score: Tensor, kept: int, of: int) -> Tensor:
     """True for all but the `kept` highest scores of every `of` neighbours in a row. score (out, in).
 
-    raises   ValueError where rows are no multiple of `of`, or not 0 < kept <= of.
+    raises   ValueError where rows are no multiple of `of`, or not 0 < kept < of.
     """
-    if not 0 < kept <= of:
-        raise ValueError(f"a pattern n:m keeps 1 to m of every m weights, got {kept}:{of}")
-    if score.shape[1] % of:
-        raise ValueError(f"a pattern {kept}:{of} needs rows of a multiple of {of} weights, got {score.shape[1]}")
-    groups = score.unflatten(1, (-1, of))
+    check_fit(score.shape, Pattern(keep=(kept, of)))
+    groups = score.reshape(len(score), -1, of)
     lower = torch.zeros_like(groups, dtype=torch.int8 if of < 128 else torch.int32)  # how many of its group are lower
     for later in range(1, of):  # a tournament: all groups play at once, five times as fast as sorting each
         for earlier in range(later):
@@ -160,12 +157,31 @@ def lowest_blocks(score: Tensor, sparsity: float, block: tuple[int, int]) -> Ten
 
     raises   ValueError where the blocks do not tile the matrix.
     """
+    check_sparsity(sparsity)
+    return lowest_tiles(score, whole(score.numel() // (block[0] * block[1]), sparsity), block)
+
+
+def lowest_tiles(score: Tensor, removed: int, block: tuple[int, int]) -> Tensor:
+    """As `lowest_blocks`, by the number of blocks."""
+    check_fit(score.shape, Pattern(block=block))
     rows, columns = block
-    if score.shape[0] % rows or score.shape[1] % columns:
-        raise ValueError(f"blocks of {rows}x{columns} do not tile a matrix of {score.shape[0]}x{score.shape[1]}")
-    sums = score.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).sum(dim=(1, 3))
-    mask = lowest_of_matrix(sums, sparsity)
+    sums = score.reshape(-1, rows, score.shape[1] // columns, columns).sum(dim=(1, 3))
+    mask = lowest_of_all([sums], removed)[0]
     return mask.repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
+
+
+def check_fit(shape: Sequence[int], pattern: Pattern) -> None:
+    """ValueError where a matrix (out, in) of this shape can't take the pattern."""
+    if pattern.keep is not None:
+        kept, of = pattern.keep
+        if not 0 < kept < of:
+            raise ValueError(f"a pattern n:m keeps at least 1 and fewer than m of every m weights, got {kept}:{of}")
+        if shape[1] % of:
+            raise ValueError(f"a pattern {kept}:{of} needs rows of a multiple of {of} weights, got {shape[1]}")
+    if pattern.block is not None:
+        rows, columns = pattern.block
+        if rows < 1 or columns < 1 or shape[0] % rows or shape[1] % columns:
+            raise ValueError(f"blocks of {rows}x{columns} do not tile a matrix of {shape[0]}x{shape[1]}")
 
 
 def pattern_mask(score: Tensor, pattern: Pattern, sparsity: float, *, by_row: bool) -> Tensor:

@@ -23,7 +23,15 @@ from torch import Tensor
 
 from moss_rlhf.model.grid import Grid, is_finite, scale_and_zero
 from moss_rlhf.optimization.factor import Factor, check_hessian, factorize
-from moss_rlhf.optimization.patterns import Pattern, check_sparsity, pattern_mask, whole
+from moss_rlhf.optimization.patterns import (
+    Pattern,
+    all_but_highest,
+    check_fit,
+    check_sparsity,
+    lowest_of_all,
+    lowest_tiles,
+    whole,
+)
 
 BLOCK = 128
 PANEL = 32
@@ -75,11 +83,15 @@ def prune_by_sparsegpt(
 
     Every column then makes up for the pruning and the rounding of those before it, and the masks of later columns are
     chosen knowing of both. Scales come from the weights as they were.
-    An n:m pattern says its sparsity by itself: `sparsity` is not read. Weights of inputs that were 0 in every token go
+    pattern   n:m says its sparsity by itself, `sparsity` is not read; blocks lose those of the least summed cost.
+    grid      symmetric: the largest weight of each group stays and is held at the largest code, unless the pattern
+              removes all but fewer weights than there are groups; so the scales can be found from the weights.
+    Weights of inputs that were 0 in every token go
     first, the smallest of them ahead.
     raises   ValueError as `sparsegpt`; a pattern or groups that do not fit the matrix.
     """
     _check(weight, hessian, sparsity, damping)
+    check_fit(weight.shape, pattern)
     factor = factorize(hessian, damping)
     factor.pivots[hessian.diagonal() == 0] *= _WORTHLESS
     rounding = None if grid is None else _Rounding(weight, grid)
@@ -107,7 +119,7 @@ class _Rounding:
 
     def fit(self, columns: Tensor, start: int) -> None:
         """Find scales and zeros of the whole groups in `columns`, of which `start` is the first."""
-        groups = columns.unflatten(0, (-1, self.group))
+        groups = columns.reshape(-1, self.group, columns.shape[1])
         first, stop = start // self.group, start // self.group + len(groups)
         self.scale[first:stop], self.zero[first:stop] = scale_and_zero(
             groups.amin(dim=1), groups.amax(dim=1), self.grid
@@ -183,8 +195,14 @@ class _Walk:
         cost = self._expected(here).square_().mul_(self.pivots[here, None]).masked_fill_(zeros, 0)
         if self.rounding is not None and self.rounding.held is not None:
             cost.masked_fill_(self.rounding.held[here] != 0, torch.inf)
-        mask = pattern_mask(cost.T, self.pattern, self._share(here), by_row=False).T
-        torch.logical_or(mask, zeros, out=self.mask[here])
+        torch.logical_or(self._lowest(cost, here), zeros, out=self.mask[here])
+
+    def _lowest(self, cost: Tensor, here: slice) -> Tensor:
+        if self.pattern.keep is not None:
+            return all_but_highest(cost.T, *self.pattern.keep).T
+        if self.pattern.block is not None:
+            return lowest_tiles(cost.T, self._removed(here), self.pattern.block).T
+        return lowest_of_all([cost], self._removed(here))[0]
 
     def _expected(self, here: slice) -> Tensor:
         """The columns `here` as they would all become if none of them were removed: W + Δ, where Δ + Δ Ů = C.
@@ -192,15 +210,16 @@ class _Walk:
         C is what the columns before have added; Ů, the part of U above its diagonal, hands on what moved each column.
         """
         added = self.result[here] - self.lost[here]
-        moved = torch.linalg.solve_triangular(self.upper[here, here].T, added, upper=False, unitriangular=True)
+        handing_on = self.upper[here, here].T
+        moved: Tensor = torch.linalg.solve_triangular(handing_on, added, upper=False, unitriangular=True)
         return moved.add_(self.lost[here])
 
-    def _share(self, here: slice) -> float:
-        """The share of these columns that makes the share of all columns up to them come out in whole units."""
+    def _removed(self, here: slice) -> int:
+        """How many weights, or blocks of them, go here: the share of all columns up to them comes out rounded down."""
         rows, columns = self.pattern.block or (1, 1)
         each = self.lost.shape[1] // rows
-        before, after = each * (here.start // columns), each * (here.stop // columns)
-        return (whole(after, self.sparsity) - whole(before, self.sparsity)) / (after - before)
+        before, after = (whole(each * (column // columns), self.sparsity) for column in (here.start, here.stop))
+        return after - before
 
 
 def _check(weight: Tensor, hessian: Tensor, sparsity: float, damping: float) -> None:

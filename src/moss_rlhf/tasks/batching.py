@@ -12,20 +12,28 @@ Row = Mapping[str, Sequence[int]]
 
 
 def pad(rows: Sequence[Row], padding: Mapping[str, int]) -> dict[str, NDArray[np.int64]]:
-    """One batch, padded on the right to its longest row.
+    """One batch, each input padded on the right to its longest row.
 
     padding   {input name: the value that pads it}; `attention_mask` need not stand in the rows.
     returns   {input name: (rows, longest), int64}.
     """
-    lengths = np.array([len(row["input_ids"]) for row in rows])
-    inside = np.arange(lengths.max()) < lengths[:, None]
-    batch = {"attention_mask": inside.astype(np.int64)} if "attention_mask" in padding else {}
+    batch = {}
+    if "attention_mask" in padding:
+        batch["attention_mask"] = _inside(rows, "input_ids").astype(np.int64)
     for name in padding:
         if name != "attention_mask":
+            inside = _inside(rows, name)
             values = np.full(inside.shape, padding[name], dtype=np.int64)
             values[inside] = np.concatenate([np.asarray(row[name], dtype=np.int64) for row in rows])
             batch[name] = values
     return batch
+
+
+def _inside(rows: Sequence[Row], name: str) -> NDArray[np.bool_]:
+    """Which places of a batch hold a row's own values, (rows, longest)."""
+    lengths = np.array([len(row[name]) for row in rows])
+    inside: NDArray[np.bool_] = np.arange(lengths.max()) < lengths[:, None]
+    return inside
 
 
 def padding_of(tokenizer: Any) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,14 +31,6 @@ def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tenso
 def at_targets(logits: Tensor, labels: Tensor) -> Tensor:
     """The logits of the tokens that a loss counts: (batch, length, vocabulary) → (targets, vocabulary)."""
     return logits[labels != IGNORED]
-
-
-def padded_labels(rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-    """(rows, longest), padded with IGNORED."""
-    padded = np.full((len(rows), max(map(len, rows))), IGNORED, dtype=np.int64)
-    for target, row in zip(padded, rows, strict=True):
-        target[: len(row)] = row
-    return padded
 
 
 def token_scores(task: Any, network: Any, encoded: Any, tokenizer: Any) -> NDArray[np.float64]:

@@ -67,11 +67,15 @@ class TextClassification:
         encoded = tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False)
         return np.array([len(ids) for ids in encoded["input_ids"]], dtype=np.int64)
 
+    def padding(self, tokenizer: Any) -> dict[str, int]:
+        """What pads each column of token ids, in a batch for any of the runtimes."""
+        return padding_of(tokenizer)
+
     def collate(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         """Encoded rows → one batch of tensors, labels included."""
         import torch
 
-        batch: dict[str, NDArray[Any]] = dict(pad(rows, padding_of(tokenizer)))
+        batch: dict[str, NDArray[Any]] = dict(pad(rows, self.padding(tokenizer)))
         batch["labels"] = np.array([row["labels"] for row in rows], dtype=np.int64)
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
@@ -103,7 +107,7 @@ class TextClassification:
 
     def predict(self, runtime: Runtime, encoded: Dataset, tokenizer: Any, batch_size: int = 32) -> NDArray[np.float32]:
         """Logits (rows, classes) in the rows' order; computed in batches of similar lengths."""
-        padding = padding_of(tokenizer)
+        padding = self.padding(tokenizer)
         logits: list[NDArray[np.float32]] = []
         order = by_length(encoded["length"])
         for positions in chunks(order, batch_size):

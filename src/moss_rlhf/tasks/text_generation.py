@@ -69,11 +69,15 @@ class TextGeneration:
         """Tokens of each text, uncut; of a seeded sample of `most` rows."""
         return sampled_lengths(rows, "text", tokenizer, most, seed)
 
+    def padding(self, tokenizer: Any) -> dict[str, int]:
+        """What pads each column of token ids, in a batch for any of the runtimes."""
+        return {"input_ids": tokenizer.pad_token_id, "attention_mask": 0}
+
     def collate(self, rows: Sequence[Row], tokenizer: Any) -> dict[str, Tensor]:
         """Encoded rows → one batch of tensors, padded on the right; labels are the inputs themselves."""
         import torch
 
-        batch: dict[str, NDArray[Any]] = dict(pad(rows, {"input_ids": tokenizer.pad_token_id, "attention_mask": 0}))
+        batch: dict[str, NDArray[Any]] = dict(pad(rows, self.padding(tokenizer)))
         batch["labels"] = np.where(batch["attention_mask"] == 1, batch["input_ids"], IGNORED)
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 

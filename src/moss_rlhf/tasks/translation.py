@@ -16,7 +16,6 @@ from moss_rlhf.tasks.language import (
     at_targets,
     encode_rows,
     mean_scores,
-    padded_labels,
     perplexity,
     sampled_lengths,
     token_accuracy,
@@ -66,13 +65,15 @@ class Translation:
         source, target = (sampled_lengths(rows, column, tokenizer, most, seed) for column in ("source", "target"))
         return np.maximum(source, target)
 
+    def padding(self, tokenizer: Any) -> dict[str, int]:
+        """What pads each column of token ids, in a batch for any of the runtimes."""
+        return {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+
     def collate(self, rows: Sequence[Row], tokenizer: Any) -> dict[str, Tensor]:
         """Encoded rows → one batch of tensors, padded on the right."""
         import torch
 
-        batch: dict[str, NDArray[Any]] = dict(pad(rows, {"input_ids": tokenizer.pad_token_id, "attention_mask": 0}))
-        batch["labels"] = padded_labels([row["labels"] for row in rows])
-        return {name: torch.from_numpy(values) for name, values in batch.items()}
+        return {name: torch.from_numpy(values) for name, values in pad(rows, self.padding(tokenizer)).items()}
 
     def inputs(self, network: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the network is called with: the decoder reads the target shifted right, by the network's own rule."""

@@ -1,0 +1,47 @@
+"""CTranslate2 answers as PyTorch does, for every family it serves, before and after surgery and rounding."""
+
+import pytest
+import torch
+
+import moss_rlhf
+from moss_rlhf.errors import ModelError, MossError
+from moss_rlhf.model.surgery import keep_feed_forward, keep_heads
+
+pytest.importorskip("ctranslate2")
+from moss_rlhf.exporting.ctranslate2 import _SERVED, export_ctranslate2
+
+# a tiny Marian's padding is not the last token, as every real one's is, and as the converter expects
+FAMILIES = [family for family in _SERVED if family != "marian"]
+# CTranslate2 reads Qwen2 without sliding windows
+SIZES = {"qwen2": {"use_sliding_window": False, "layer_types": ["full_attention"] * 3}}
+TEXTS = [("the film was good and we would know", "we would know"), ("awful soup", "a lovely film")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_and_int8_answer_as_pytorch(family, tiny_model, tmp_path):
+    model = tiny_model(family, **SIZES.get(family, {}))
+    assert export_ctranslate2(model, tmp_path / "float", TEXTS)["difference_to_pytorch"] < 1e-4
+    moss_rlhf.quantize(model)
+    assert export_ctranslate2(model, tmp_path / "int8", TEXTS)["difference_to_pytorch"] < 0.2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fewer_heads_and_narrower_feed_forward(family, tiny_model, tmp_path):
+    model = tiny_model(family, **SIZES.get(family, {}))
+    for block in model.anatomy.blocks:
+        for part in block.attentions:
+            keep_heads(part, [0] if part.units == 2 else [0, 2])
+        keep_feed_forward(block, torch.arange(32))
+    assert export_ctranslate2(model, tmp_path / "narrow", TEXTS)["difference_to_pytorch"] < 1e-4
+
+
+def test_heads_that_differ_between_layers_are_refused(tiny_model, tmp_path):
+    model = tiny_model("gpt2")
+    keep_heads(model.anatomy.blocks[0].attention, [0, 1])
+    with pytest.raises(ModelError, match="one number of heads"):
+        export_ctranslate2(model, tmp_path / "uneven", TEXTS)
+
+
+def test_what_the_converter_misreads_is_found(tiny_model, tmp_path):
+    with pytest.raises(MossError, match="answers differently"):
+        export_ctranslate2(tiny_model("qwen2"), tmp_path / "windows", TEXTS)
