@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import keep, table
+from datasets import Dataset
 from torch import Tensor
 
 import moss_rlhf
@@ -32,6 +33,8 @@ VOCABULARY = 4096
 WINDOW = 256  # tokens
 HELD_OUT = 0.05  # of each book's characters, its end
 END = "<|endoftext|>"
+HEADER = re.compile(r"^\*\*\* ?START OF.*$", re.MULTILINE)
+FOOTER = re.compile(r"^(?:\*\*\* ?)?END OF (?:THE |THIS )?PROJECT GUTENBERG", re.MULTILINE | re.IGNORECASE)
 SHAPE = {
     "hidden_size": 256,
     "intermediate_size": 896,
@@ -59,8 +62,8 @@ def read_book(place: Path) -> list[str]:
     """A novel's paragraphs, each on one line, without the Project Gutenberg's header, footer and credits."""
     with gzip.open(place, "rt", encoding="utf-8") as file:
         text = file.read()
-    text = re.split(r"^\*\*\* ?START OF.*$", text, maxsplit=1, flags=re.MULTILINE)[-1]
-    text = re.split(r"^(?:\*\*\* ?)?END OF (?:THE |THIS )?PROJECT GUTENBERG", text, flags=re.MULTILINE | re.IGNORECASE)[0]
+    text = HEADER.split(text, maxsplit=1)[-1]
+    text = FOOTER.split(text, maxsplit=1)[0]
     paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
     return [paragraph for paragraph in paragraphs if paragraph and not _is_credit(paragraph)]
 
@@ -195,7 +198,7 @@ def save(place: Path, network, tokenizer, texts: dict[str, str], facts: dict) ->
         write_json(partial / FACTS, facts)
 
 
-def train(data: Path, output: Path, steps: int, batch_size: int, learning_rate: float, seed: int) -> None:
+def train(data: Path, output: Path, *, steps: int, batch_size: int, learning_rate: float, seed: int) -> None:
     if output.exists():
         raise SystemExit(f"--output {output}: exists; a trained model stays as it is. Give a new directory.")
     train_text, held_out_text = read_books(data)
@@ -244,20 +247,17 @@ def train(data: Path, output: Path, steps: int, batch_size: int, learning_rate: 
 # Compression
 
 
-def calibration_texts(tokenizer, text: str) -> list[dict[str, str]]:
-    """Rows {"text"} of WINDOW tokens each, side by side, with the text as it stands."""
-    offsets = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
-    starts = range(0, len(offsets) - WINDOW + 1, WINDOW)
-    return [{"text": text[offsets[start][0] : offsets[start + WINDOW - 1][1]]} for start in starts]
+def calibration_windows(tokens: Tensor) -> Dataset:
+    """The text as encoded rows of WINDOW tokens each: as text, some would come back a token longer and be cut in two."""
+    windows = cut_windows(tokens)
+    return Dataset.from_dict({"input_ids": windows.tolist(), "length": [WINDOW] * len(windows)})
 
 
-def compressed_perplexity(place: Path, rows: list[dict[str, str]], held_out: Tensor, method: str, seed: int) -> float:
+def compressed_perplexity(place: Path, rows: Dataset, held_out: Tensor, method: str, seed: int) -> float:
     """Held-out perplexity of a fresh copy of the model after one method."""
-    model = moss_rlhf.load(place)
-    if method in ("rtn", "gptq"):
-        moss_rlhf.quantize(
-            model, rows, method=method, scheme="int4", group_size=128, rows=CALIBRATION_ROWS, seed=seed
-        )
+    model = moss_rlhf.load(place, task="text-generation")
+    if method in ("nearest", "gptq"):
+        moss_rlhf.quantize(model, rows, method=method, scheme="int4", group_size=128, rows=CALIBRATION_ROWS, seed=seed)
     else:
         moss_rlhf.prune(model, rows, method=method, sparsity=0.5, rows=CALIBRATION_ROWS, seed=seed)
     return perplexity(model.network, held_out)
@@ -271,24 +271,23 @@ def ratio_row(name: str, values: list[float], dense: float, asked: str = "") -> 
 
 
 def compress(place: Path) -> None:
-    model = moss_rlhf.load(place)
-    tokenizer = model.tokenizer
-    rows = calibration_texts(tokenizer, (place / TRAIN_TEXT).read_text(encoding="utf-8"))
-    held_out = encode(tokenizer, (place / HELD_OUT_TEXT).read_text(encoding="utf-8"))[:HELD_OUT_TOKENS]
+    model = moss_rlhf.load(place, task="text-generation")
+    rows = calibration_windows(encode(model.tokenizer, (place / TRAIN_TEXT).read_text(encoding="utf-8")))
+    held_out = encode(model.tokenizer, (place / HELD_OUT_TEXT).read_text(encoding="utf-8"))[:HELD_OUT_TOKENS]
     dense = perplexity(model.network, held_out)
     found = {
         method: [compressed_perplexity(place, rows, held_out, method, seed) for seed in SEEDS]
-        for method in ("magnitude", "wanda", "sparsegpt", "rtn", "gptq")
+        for method in ("magnitude", "wanda", "sparsegpt", "nearest", "gptq")
     }
     removed = [
-        1 - (gptq - dense) / (nearest - dense) for gptq, nearest in zip(found["gptq"], found["rtn"], strict=True)
+        1 - (gptq - dense) / (nearest - dense) for gptq, nearest in zip(found["gptq"], found["nearest"], strict=True)
     ]
     result = [
         (f"dense, {len(cut_windows(held_out)) * WINDOW:,} held-out tokens", f"{dense:.2f}", ""),
         ratio_row("50 % magnitude, layer by layer", found["magnitude"], dense),
         ratio_row("50 % Wanda", found["wanda"], dense, "≤ 1.35×, below magnitude's"),
         ratio_row("50 % SparseGPT", found["sparsegpt"], dense, "≤ 1.30×, below magnitude's"),
-        ratio_row("int4 in groups of 128, round to nearest", found["rtn"], dense),
+        ratio_row("int4 in groups of 128, round to nearest", found["nearest"], dense),
         ratio_row("int4 in groups of 128, GPTQ", found["gptq"], dense),
         (
             "share of round-to-nearest's excess that GPTQ removes",
@@ -296,7 +295,8 @@ def compress(place: Path) -> None:
             "≥ 60 %",
         ),
     ]
-    keep("decoder", table("A small decoder: perplexity on held-out text, mean (lowest to highest) of three seeds", result))
+    title = "A small decoder: perplexity on held-out text, mean (lowest to highest) of three seeds"
+    keep("decoder", table(title, result))
 
 
 # Command
@@ -319,7 +319,14 @@ def main() -> None:
     if given.command == "compress":
         compress(given.model)
     else:
-        train(given.data, given.output, given.steps, given.batch_size, given.learning_rate, given.seed)
+        train(
+            given.data,
+            given.output,
+            steps=given.steps,
+            batch_size=given.batch_size,
+            learning_rate=given.learning_rate,
+            seed=given.seed,
+        )
 
 
 if __name__ == "__main__":

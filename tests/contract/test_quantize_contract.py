@@ -52,3 +52,12 @@ def test_zeros_survive_gptq(family, tiny_model, rows_of):
     moss_rlhf.quantize(model, rows, method="gptq", rows=8)
     for matrix, zero in zip(model.anatomy.matrices, zeros, strict=True):
         assert bool((matrix.weight[zero] == 0).all())
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "albert", "deberta-v2", "modernbert"])
+@pytest.mark.parametrize("options", [{"scheme": "int8"}, {"scheme": "int8_static"}], ids=["dynamic", "static"])
+def test_onnx_holds_what_was_quantized(family, options, tiny_model, rows_of, tmp_path):
+    model = tiny_model(family)
+    moss_rlhf.quantize(model, rows_of(model.task), rows=16, **options)
+    facts = moss_rlhf.export(model, tmp_path / "onnx", [row["text"] for row in rows_of(model.task)[:4]])
+    assert facts["difference_to_pytorch"] < 0.1

@@ -71,9 +71,7 @@ def test_distances_are_those_of_what_enters_and_leaves_without_padding(tiny_mode
 
         return record
 
-    handles = [
-        block.module.register_forward_hook(hook(index), with_kwargs=True) for index, block in enumerate(blocks)
-    ]
+    handles = [block.module.register_forward_hook(hook(index), with_kwargs=True) for index, block in enumerate(blocks)]
     for inputs, labels in batches:
         for row, target in enumerate(labels):
             length = int(inputs["attention_mask"][row].sum())
@@ -244,9 +242,7 @@ def test_only_similar_enough_merges_are_taken(tiny_model, rows):
     facts = shorten(tiny_model(blocks=4), rows, how="merge_average", similarity=0.001)
     alike = {name[11:]: value for name, value in facts["scores"][0].items() if name.startswith("similarity")}
     most, second = sorted(alike, key=alike.get, reverse=True)[:2]
-    facts = shorten(
-        tiny_model(blocks=4), rows, how="merge_average", similarity=(alike[most] + alike[second]) / 2
-    )
+    facts = shorten(tiny_model(blocks=4), rows, how="merge_average", similarity=(alike[most] + alike[second]) / 2)
     ((_, members),) = facts["merged"].items()
     assert most == f"with blocks {members[0][-1]}–{members[1][-1]} merged"
 
@@ -405,6 +401,10 @@ def test_a_loss_that_is_never_finite_is_refused(tiny_model, rows):
     for how in ("drop", "auto"):
         with pytest.raises(ModelError, match="not finite whatever is taken out"):
             shorten(model, rows, how=how)
+    broken = tiny_model()
+    broken.anatomy.blocks[0].attention.output.weight[0, 0] = math.nan
+    with pytest.raises(ModelError, match="blocks 0–1 can't be merged.*finite"):
+        shorten(broken, rows, how="merge_least_squares")
 
 
 def test_a_quantized_model_is_not_shortened(tiny_model, rows):

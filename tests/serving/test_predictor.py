@@ -73,3 +73,11 @@ def test_a_tokenizer_that_is_missing_or_broken(spoil, message, tiny_checkpoint, 
     (place / "tokenizer.json").unlink() if spoil == "unlink" else (place / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match=message):
         Predictor.open(place)
+
+
+def test_a_model_that_knows_no_labels_is_refused(tiny_model, tmp_path):
+    from moss_rlhf import save
+
+    save(tiny_model("gpt2"), tmp_path / "model")
+    with pytest.raises(ModelError, match="is a model for text-generation, and labels can be asked of a classifier"):
+        Predictor.open(tmp_path / "model")

@@ -6,7 +6,8 @@ along. The checkpoint's weights lie on our grid already, so this only writes the
     MatMul(x, W)      →  Cast(MatMulInteger(DynamicQuantizeLinear(x), codes)) · (scale of x · scale of each column)
     Gather(T, ids)    →  Cast(Gather(codes, ids)) · Gather(scale of each row, ids)
 
-which ONNX Runtime fuses into its int8 kernels (`DynamicQuantizeMatMul`).
+which ONNX Runtime fuses into its int8 kernels (`DynamicQuantizeMatMul`). Where ranges were measured beforehand
+(int8_static), QuantizeLinear with constants stands in the place of DynamicQuantizeLinear.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ Codes = NDArray[np.int8]
 Scale = NDArray[np.float32]
 
 
-def quantize_graph(proto: Any, names: Mapping[str, str]) -> None:
+def quantize_graph(proto: Any, names: Mapping[str, str], ranges: Mapping[str, tuple[float, float]]) -> None:
     """Rewrite an onnx.ModelProto in place.
 
     names    {initializer: op type}: which to write as codes, and the op that reads them, 'MatMul' or 'Gather'.
              A MatMul's weight stands as (in, out) with a scale a column, a table as (rows, width) with a scale a row.
+    ranges   {initializer: (least, most)} of what enters its MatMul; without one, the range is each batch's own.
     """
-    writer = _Writer(proto.graph)
+    writer = _Writer(proto.graph, ranges)
     for name, op_type in names.items():
         writer.replace_weight(name, axis=0 if op_type == "MatMul" else 1)
     nodes = [new for node in proto.graph.node for new in writer.rewritten(node, names)]
@@ -44,11 +46,18 @@ def codes_of(weight: NDArray[np.float32], axis: int) -> tuple[Codes, Scale]:
     return np.rint(weight / scale).astype(np.int8), scale
 
 
+def activation_grid(least: float, most: float) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Scale and zero point of 256 codes over least … most, 0 among them: as DynamicQuantizeLinear finds them."""
+    low, high = min(least, 0.0), max(most, 0.0)
+    scale = np.float32((high - low) / 255) if high > low else np.float32(1)
+    return np.array(scale), np.array(np.clip(np.rint(-low / scale), 0, 255), dtype=np.uint8)
+
+
 class _Writer:
     """Adds initializers to a graph and spells out the nodes that read them."""
 
-    def __init__(self, graph: Any) -> None:
-        self.graph = graph
+    def __init__(self, graph: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+        self.graph, self.ranges = graph, ranges
         self.values = {value.name: value for value in graph.initializer}
         self.quantized_inputs: set[str] = set()
 
@@ -77,11 +86,23 @@ class _Writer:
         quantized = [f"{x}_{part}" for part in ("codes", "scale", "zero_point")]
         if x not in self.quantized_inputs:  # q, k and v read one input: quantize it once
             self.quantized_inputs.add(x)
-            yield make_node("DynamicQuantizeLinear", [x], quantized)
+            yield self._quantized(x, quantized, self.ranges.get(weight))
         yield make_node("MatMulInteger", [quantized[0], f"{weight}_codes", quantized[2]], [f"{output}_sum"])
         yield make_node("Cast", [f"{output}_sum"], [f"{output}_float"], to=TensorProto.FLOAT)
         yield make_node("Mul", [quantized[1], f"{weight}_scale"], [f"{output}_scale"])
         yield make_node("Mul", [f"{output}_float", f"{output}_scale"], [output])
+
+    def _quantized(self, x: str, names: list[str], ends: tuple[float, float] | None) -> Any:
+        """The node that turns `x` into codes; the scale and zero point under the names given."""
+        from onnx import numpy_helper
+        from onnx.helper import make_node
+
+        if ends is None:
+            return make_node("DynamicQuantizeLinear", [x], names)
+        scale, zero = activation_grid(*ends)
+        self.graph.initializer.append(numpy_helper.from_array(scale, names[1]))
+        self.graph.initializer.append(numpy_helper.from_array(zero, names[2]))
+        return make_node("QuantizeLinear", [x, names[1], names[2]], names[:1])
 
     def _gather(self, node: Any) -> Iterator[Any]:
         from onnx import TensorProto

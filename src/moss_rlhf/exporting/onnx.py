@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moss_rlhf.errors import MossError
+from moss_rlhf.errors import ModelError, MossError
 from moss_rlhf.exporting.int8 import quantize_graph
-from moss_rlhf.files import new_directory, refuse_foreign_files
+from moss_rlhf.files import new_directory
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.config import KEY
 from moss_rlhf.model.grid import quantized_weights
 from moss_rlhf.model.runtime import Batch, OnnxRuntime, TorchRuntime
-from moss_rlhf.tasks.batching import batches_of, padding_of
+from moss_rlhf.tasks.batching import padding_of
 
 FILE = "model.onnx"
 _OPSET = 20
@@ -43,11 +43,15 @@ def export_onnx(
     float_file   where to leave the float32 file that an int8 file is made of, to compare speeds with.
     raises       MossError where the file does not answer as PyTorch does.
     """
+    if model.quantization and model.quantization.scheme == "int4":
+        raise ModelError(
+            "export: ONNX holds float32 and int8, and the model is int4. Quantize to int8, or serve int4 with vLLM."
+        )
     with new_directory(place) as partial, tempfile.TemporaryDirectory(dir=partial) as scratch:
         plain = Path(scratch) / FILE if model.quantization else partial / FILE
         _export_float(model, plain, batches[0])
         if model.quantization:
-            _quantize(model.network, plain, partial / FILE)
+            _quantize(model, plain, partial / FILE)
             _keep(plain, float_file)
         difference = _verify_logits(model, partial / FILE, batches)
         _write_companions(model, partial)
@@ -55,17 +59,6 @@ def export_onnx(
         "file": f"{place.name}/{FILE}",
         "difference_to_pytorch": difference,
     }
-
-
-_SENTENCES = ("What a film!", "The room was cold, and nobody came when we called the desk twice.", "这家店的面很好吃")
-
-
-def export(model: Model, place: str | Path, texts: Sequence[str] = _SENTENCES) -> dict[str, object]:
-    """Write a model in memory to `place`/model.onnx; `texts` are what it is held against PyTorch with."""
-    place = Path(place).resolve()
-    refuse_foreign_files(place)
-    tokens = [model.tokenizer(text, truncation=True, max_length=model.max_length) for text in texts]
-    return export_onnx(model, place, batches_of(tokens, len(tokens), padding_of(model.tokenizer)))
 
 
 def _keep(file: Path, place: Path | None) -> None:
@@ -136,12 +129,12 @@ def _quiet_exporter() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _quantize(network: Any, source: Path, target: Path) -> None:
+def _quantize(model: Model, source: Path, target: Path) -> None:
     import onnx
 
-    proto = onnx.load(source)
+    network, proto = model.network, onnx.load(source)
     names = _grid_initializers(proto.graph, network)
-    quantize_graph(proto, names)
+    quantize_graph(proto, names, _ranges(proto.graph, names, model))
     onnx.checker.check_model(proto)
     onnx.save(proto, target)
     _verify_weights(proto.graph, names, network)
@@ -158,6 +151,18 @@ def _grid_initializers(graph: Any, network: Any) -> dict[str, str]:
         for value in graph.initializer
         if readers.get(value.name) in ("MatMul", "Gather") and _key(numpy_helper.to_array(value)) in on_grid
     }
+
+
+def _ranges(graph: Any, names: Mapping[str, str], model: Model) -> dict[str, tuple[float, float]]:
+    """{initializer: range of what enters it}, as measured for int8_static."""
+    from onnx import numpy_helper
+
+    measured = model.quantization.ranges if model.quantization else {}
+    weights = {matrix.name: matrix.weight.detach().cpu().numpy() for matrix in model.anatomy.matrices}
+    known = {_key(weights[name].T): ends for name, ends in measured.items()}
+    values = {value.name: value for value in graph.initializer}
+    found = {name: known.get(_key(numpy_helper.to_array(values[name]))) for name in names}
+    return {name: ends for name, ends in found.items() if ends is not None}
 
 
 def _grid_weights(network: Any) -> list[NDArray[np.float32]]:

@@ -80,6 +80,7 @@ class Family:
     shared: bool = False
     same_heads: bool = False
     first_stays: bool = False
+    floating: tuple[str, ...] = ()  # tables of the base model that are read whole, not looked up by ids
     scales_embeddings: bool = False  # by the root of the hidden size that config.json gives
 
     @property
@@ -238,7 +239,7 @@ FAMILIES: Mapping[str, Family] = {
     "xlm-roberta": _encoder(_BERT),
     "electra": _encoder(_BERT),
     "distilbert": _encoder(_DISTILBERT, hidden="dim"),
-    "deberta-v2": _encoder(_DEBERTA),
+    "deberta-v2": _encoder(_DEBERTA, floating=("encoder.rel_embeddings",)),
     "modernbert": _encoder(_MODERNBERT, above=("final_norm",), first_stays=True),
     "albert": _encoder(_ALBERT, shared=True),
     "gpt2": _encoder(_GPT2, hidden="n_embd", above=("ln_f",)),

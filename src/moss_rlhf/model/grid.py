@@ -193,7 +193,8 @@ def quantized_tables(network: Any) -> tuple[Matrix, ...]:
     """
     anatomy = anatomy_of(network)
     if anatomy.family.kind == "encoder":
-        found = [module for module in network.modules() if isinstance(module, nn.Embedding)]
+        whole = [network.base_model.get_submodule(name) for name in anatomy.family.floating]
+        found = [module for module in network.modules() if isinstance(module, nn.Embedding) and module not in whole]
     else:
         found = [network.get_input_embeddings(), network.get_output_embeddings()]
     names = {id(module): name for name, module in network.named_modules()}

@@ -34,9 +34,8 @@ def global_magnitude_masks(weights: Sequence[Tensor], sparsity: float) -> list[T
     check_sparsity(sparsity)
     for place, weight in enumerate(weights):
         _refuse_infinite(weight, f"weight {place}")
-    # one dtype for all, so that all have keys of the same length: float64 only where all are
-    wide = all(weight.dtype == torch.float64 for weight in weights)
-    matrices = list(weights) if wide else [weight.float() for weight in weights]
+    wide = {weight.dtype == torch.float64 for weight in weights}
+    matrices = weights if len(wide) == 1 else [weight.double() for weight in weights]  # compared in one precision
     return lowest_of_all(matrices, whole(sum(weight.numel() for weight in weights), sparsity))
 
 

@@ -9,6 +9,7 @@ least squares   one of the blocks, its matrices that write into the stream refit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,6 +116,8 @@ class Regression:
     def add(self, features: Tensor, residuals: Tensor) -> None:
         """Count tokens: features (tokens, in), residuals (tokens, out)."""
         found, wanted = _at_least_float32(features), _at_least_float32(residuals)
+        if not len(found):
+            return
         if self.has_bias:  # products of what is near its mean lose no digits when the mean is taken off
             if self._levels is None:
                 self._levels = found.mean(dim=0), wanted.mean(dim=0)
@@ -127,7 +130,12 @@ class Regression:
         self.squared += float(wanted.double().square().sum())
 
     def solve(self, damping: float, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None, float]:
-        """(Δ, δ or None, mean squared error per token). kept (out, in) bool: Δ is 0 elsewhere."""
+        """(Δ, δ or None, mean squared error per token). kept (out, in) bool: Δ is 0 elsewhere.
+
+        raises   ValueError where no token was counted, or one was not finite.
+        """
+        if not self.tokens or not math.isfinite(self.squared) or not self.gram.diagonal().isfinite().all():
+            raise ValueError(f"{self.tokens} tokens to fit to, and what enters or leaves the blocks must be finite")
         gram, cross, squared = self.gram, self.cross, self.squared
         if self.has_bias:
             gram = gram - self.of_features.outer(self.of_features) / self.tokens
@@ -209,7 +217,7 @@ def fit_block(
 
     members   neighbours in one stack, in order.
     pruned    parameters whose zeros stay zeros.
-    raises    ValueError on no batches.
+    raises    ValueError on no batches, or states that are not finite.
     """
     anatomy, batches = anatomy_of(network), list(batches)
     if not batches:

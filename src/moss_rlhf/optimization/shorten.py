@@ -121,7 +121,10 @@ class _Way:
         if self.how in _FORMULAS:
             return merge_weights(members, _FORMULAS[self.how])
         batches = labelled_batches(self.model, self.sample)
-        return fit_block(self.model.network, batches, members, self.model.pruned)
+        try:
+            return fit_block(self.model.network, batches, members, self.model.pruned)
+        except ValueError as error:
+            raise ModelError(f"shorten: {_several(members)} can't be merged: {error}. Look for inf or nan.") from None
 
     def realised(self, groups: Groups) -> tuple[list[int], dict[nn.Parameter, Tensor]]:
         """(positions of the blocks that stay, the values of their parameters that are new)."""

@@ -82,13 +82,14 @@ def prune_by_sparsegpt(
     """`sparsegpt` in any pattern, with what it took; with `grid`, what stays is rounded in the same pass (§3.4).
 
     Every column then makes up for the pruning and the rounding of those before it, and the masks of later columns are
-    chosen knowing of both. Scales come from the weights as they were.
-    pattern   n:m says its sparsity by itself, `sparsity` is not read; blocks lose those of the least summed cost.
-    grid      symmetric: the largest weight of each group stays and is held at the largest code, unless the pattern
-              removes all but fewer weights than there are groups; so the scales can be found from the weights.
-    Weights of inputs that were 0 in every token go
-    first, the smallest of them ahead.
-    raises   ValueError as `sparsegpt`; a pattern or groups that do not fit the matrix.
+    chosen knowing of both. Weights of inputs that were 0 in every token go first, the smallest of them ahead.
+
+    pattern   n:m says its sparsity by itself and `sparsity` is not read; of blocks, those of the least summed cost go.
+    grid      a group's scale comes from its weights as the columns before have moved them where groups fill a block of
+              128 columns, else from the weights as they were. On a symmetric grid the largest weight of each group
+              stays and is held at the largest code, as long as the sparsity leaves that many weights: then the scales
+              can be found from the weights.
+    raises    ValueError as `sparsegpt`, or where the pattern or the groups do not fit the matrix.
     """
     _check(weight, hessian, sparsity, damping)
     check_fit(weight.shape, pattern)

@@ -12,7 +12,7 @@ import numpy as np
 
 from moss_rlhf.errors import ModelError
 from moss_rlhf.files import read_json
-from moss_rlhf.model.config import position_limit, read_config
+from moss_rlhf.model.config import KEY, position_limit, read_config
 from moss_rlhf.model.runtime import OnnxRuntime, Runtime, TorchRuntime
 from moss_rlhf.tasks.batching import batches_of
 
@@ -40,6 +40,9 @@ class Predictor:
         """What answers for a path. Raises ModelError where it holds nothing that can."""
         place = _shipped(Path(path))
         config = read_config(place)
+        task = config.get(KEY, {}).get("task", "text-classification")
+        if task != "text-classification":
+            raise ModelError(f"{place}: is a model for {task}, and labels can be asked of a classifier only.")
         names = config.get("id2label") or {}
         tokenizer = _tokenizer(place, position_limit(config, float("inf")))
         padding = {name: config.get("pad_token_id") or 0 if name == "input_ids" else 0 for name in _INPUTS}
