@@ -13,7 +13,11 @@ from moss_rlhf.model.grid import (
 )
 
 GRIDS = [
-    integer_grid(bits, size, symmetric=kind) for bits in range(2, 9) for size in (None, 7) for kind in (True, False)
+    integer_grid(bits, size, symmetric=kind, scale_bits=scale_bits)
+    for bits in range(2, 9)
+    for size in (None, 7)
+    for kind in (True, False)
+    for scale_bits in ((8, 16) if bits <= 6 else (bits + 2, 16))
 ]
 
 
@@ -77,7 +81,7 @@ def test_every_weight_moves_to_its_nearest_code(grid):
 
 def test_symmetric_codes_by_hand():
     weight = torch.tensor([[7.0, -3.4, 0.5, 1.5, 0.0, 0.1, -0.2, 0.35]])
-    grid = integer_grid(4, 4)
+    grid = integer_grid(4, 4, scale_bits=8)
     scale, zero = grid_parameters(weight, grid)
     assert scale.tolist() == [[1.0, 205 / 4096]]  # 0.35 / 7 · 4096 = 204.8, rounded up to 8 bits
     assert zero.tolist() == [[0, 0]]
@@ -87,7 +91,7 @@ def test_symmetric_codes_by_hand():
 
 def test_asymmetric_codes_by_hand():
     weight = torch.tensor([[-3.0, 12.0, 0.4, 5.6], [2.0, 30.0, 3.0, 0.0], [-1.0, -0.5, -0.25, -0.125]])
-    grid = integer_grid(4, None, symmetric=False)
+    grid = integer_grid(4, None, symmetric=False, scale_bits=8)
     scale, zero = grid_parameters(weight, grid)
     assert scale.flatten().tolist() == [1.0, 2.0, 136 / 2048]  # 1/15 · 2048 = 136.5, rounded down to 8 bits
     assert zero.flatten().tolist() == [3, 0, 15]
@@ -99,7 +103,7 @@ def test_asymmetric_codes_by_hand():
 
 def test_both_ends_are_reached_where_both_lie_half_a_step_off():
     weight = torch.tensor([[-7.4999, 7.4999]])  # a scale rounded up would give 7 codes below zero and 7 above: 14 of 15
-    grid = integer_grid(4, symmetric=False)
+    grid = integer_grid(4, symmetric=False, scale_bits=8)
     assert grid_codes(weight, *grid_parameters(weight, grid), grid).tolist() == [[0, 15]]
 
 
@@ -131,7 +135,8 @@ def test_ctranslate2_finds_the_codes_of_the_int8_grid():
 
 def test_compressed_tensors_holds_every_code_of_four_bits():
     weight = weights_of_all_magnitudes()
-    for grid, shift in ((integer_grid(4, 5), 0), (integer_grid(4, 5, symmetric=False), 8)):
+    for symmetric, shift in ((True, 0), (False, 8)):
+        grid = integer_grid(4, 5, symmetric=symmetric, scale_bits=8)
         scale, zero = grid_parameters(weight, grid)
         stored = grid_codes(weight, scale, zero, grid).int() - shift
         assert stored.min() >= -8
@@ -148,6 +153,12 @@ def test_int8_is_one_of_these_grids():
 def test_bits_out_of_range(bits):
     with pytest.raises(ValueError, match=f"bits must be 2 to 8, got {bits}"):
         integer_grid(bits)
+
+
+@pytest.mark.parametrize(("bits", "scale_bits"), [(8, 8), (7, 8), (4, 5), (2, 17)])
+def test_scales_too_coarse_for_the_codes_or_too_fine_for_float32(bits, scale_bits):
+    with pytest.raises(ValueError, match=f"scale_bits must be {bits + 2} to 16 for codes of {bits} bits"):
+        integer_grid(bits, scale_bits=scale_bits)
 
 
 @pytest.mark.parametrize("size", [0, -2])

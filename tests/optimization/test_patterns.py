@@ -78,7 +78,7 @@ def test_blocks_by_hand():
     score = torch.tensor([[1.0, 1, 9, 0], [1, 1, 0, 0], [2, 2, 0, 1], [2, 2, 1, 0]])  # sums 4, 9, 8, 2
     assert lowest_blocks(score, 0.5, (2, 2)).int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     assert lowest_blocks(score, 0.49, (2, 2)).int().tolist() == [[0, 0, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2
-    assert lowest_blocks(score, 0.5, (4, 1)).int().tolist() == [[0, 0, 1, 1]] * 4  # sums 6, 6, 10, 1
+    assert lowest_blocks(score, 0.5, (4, 1)).int().tolist() == [[1, 0, 0, 1]] * 4  # sums 6, 6, 10, 1
     assert lowest_blocks(score, 0.25, (1, 4)).int().tolist() == [[0] * 4, [1] * 4, [0] * 4, [0] * 4]
 
 

@@ -229,9 +229,10 @@ def _fitting_tokenizer(network: Any, place: Path, trust_remote_code: bool = Fals
     return tokenizer
 
 
-def load_checkpoint(place: Path, auto_class: Any) -> Model:
-    """Load what `save_checkpoint` wrote.
+def load_checkpoint(place: Path, auto_class: Any, *, offload: bool = False) -> Model:
+    """Load what `save_checkpoint` wrote, or any file whose tensors bear the network's own names.
 
+    offload  leave the blocks' weights on disk, one block in memory at a time (see `offload.py`).
     raises   ModelError where tensors are missing, too many or of other shapes than declared, or pruned zeros are gone.
     """
     from transformers import AutoConfig
@@ -246,20 +247,22 @@ def load_checkpoint(place: Path, auto_class: Any) -> Model:
         network = auto_class.from_config(config, dtype=torch.float32)
     _store_everything(network)
     reshape(network, shapes, ours.get("hidden"))
-    _load_weights(network, place)
+    _load_weights(network, place, offload)
     model = Model(network.eval(), _fitting_tokenizer(network, place), ours.get("task", "text-classification"))
     _load_generation(network, place)
     model.quantization = Quantization.read(ours.get("quantization"), place)
     if (place / SENSITIVITY).exists():
         model.sensitivity = read_json(place / SENSITIVITY)
     model.pruned = _pruned_parameters(network, ours.get("pruned", []), place)
+    model.weights = MappedWeights() if offload else None
     return model
 
 
-def _load_weights(network: Any, place: Path) -> None:
+def _load_weights(network: Any, place: Path, offload: bool) -> None:
     for file in weight_files(place):
         read_header(file)  # says which file is broken
-    stored = {name: tensor.float() for file in weight_files(place) for name, tensor in load_file(file).items()}
+    mapped = {name: tensor for file in weight_files(place) for name, tensor in load_file(file).items()}
+    stored = mapped if offload else {name: tensor.float() for name, tensor in mapped.items()}
     names = _names_in_network(network, stored)
     weights = {names[name]: tensor for name, tensor in stored.items()}
     try:
@@ -272,6 +275,9 @@ def _load_weights(network: Any, place: Path) -> None:
     if missing or found.unexpected_keys:
         lacking, unknown = ", ".join(missing[:3]) or "nothing", ", ".join(found.unexpected_keys[:3]) or "nothing"
         raise ModelError(f"{place}: {_UNFIT}: missing is {lacking}, unknown is {unknown}. Fetch or save it again.")
+    anatomy = anatomy_of(network)
+    for _, parameter in (*anatomy.embeddings, *anatomy.head):
+        parameter.data = parameter.data.float()  # a block's are when it is loaded
 
 
 def _names_in_network(network: Any, names: Iterable[str]) -> dict[str, str]:

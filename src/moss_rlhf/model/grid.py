@@ -11,10 +11,11 @@ input features of it, or the whole row. Two kinds, both holding an exact zero, s
 
 **What is measured in PyTorch and what is shipped are one model**, because a scale keeps few significant bits:
 
-    16 bits   for codes of 7 bits and more, whose scales runtimes store in float32 (ONNX, CTranslate2). At most
-              8 + 16 = 24 bits, so (code − zero) · scale is exact in float32, and weight / scale is the code again.
-    8 bits    for smaller codes, whose scales vLLM keeps in the network's own type: exact in bfloat16, and in float16
-              from 2⁻¹⁷ on. This costs a step at most 0.8 % wide of the best.
+    16 bits   the default, for runtimes that store scales in float32 (ONNX, CTranslate2). At most 8 + 16 = 24 bits,
+              so (code − zero) · scale is exact in float32, and weight / scale is the code again.
+    8 bits    for runtimes that hold scales in the network's own type (vLLM): exact in bfloat16, and in float16 from
+              2⁻¹⁷ on. For codes of up to 6 bits. A step is at most 0.8 % off the best: the error of one layer moves
+              by a few per cent either way, hardly on average (benchmarks/quantization_solvers.py).
 
 So a rounded weight is a fixed point: rounding it again, with the stored scales or with scales found anew, gives the
 same codes, zeros and scales bit for bit. An algorithm that moves weights before it rounds them (GPTQ) may leave the
@@ -77,20 +78,23 @@ class Grid:
 INT8 = Grid(-LARGEST_CODE, LARGEST_CODE)
 
 
-def integer_grid(bits: int, group_size: int | None = None, *, symmetric: bool = True) -> Grid:
+def integer_grid(bits: int, group_size: int | None = None, *, symmetric: bool = True, scale_bits: int = 16) -> Grid:
     """The grid of `bits` bits: codes −(2ᵇ⁻¹ − 1) … 2ᵇ⁻¹ − 1 if symmetric, 0 … 2ᵇ − 1 if not.
 
     bits         2 … 8.
     group_size   weights that share a scale, it must divide the row; None or -1: the whole row.
-    raises       ValueError on bits or a group size out of range.
+    scale_bits   significant bits of a scale, bits + 2 … 16: 16 for float32, 8 for scales that live in bfloat16.
+    raises       ValueError on bits, a group size or scale_bits out of range.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"bits must be 2 to 8, got {bits}")
     size = None if group_size in (None, -1) else group_size
     if size is not None and size < 1:
         raise ValueError(f"group_size must be at least 1, or None or -1 for one group a row, got {group_size}")
+    if not bits + 2 <= scale_bits <= 16:  # coarser, the largest weight misses the largest code; finer, float32 rounds
+        raise ValueError(f"scale_bits must be {bits + 2} to 16 for codes of {bits} bits, got {scale_bits}")
     highest = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
-    return Grid(-highest if symmetric else 0, highest, size, scale_bits=16 if bits >= 7 else 8)
+    return Grid(-highest if symmetric else 0, highest, size, scale_bits)
 
 
 def grid_parameters(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -125,6 +125,16 @@ def calibrate(
             bar.advance()
 
 
+def visit_blocks(model: Any) -> Iterator[Block]:
+    """The blocks in order, each in memory while it is visited; without running the network."""
+    for block in model.anatomy.blocks:
+        if model.weights is None:
+            yield block
+        else:
+            with model.weights.loaded(block):
+                yield block
+
+
 class Replay:
     """The states of a network between two of its blocks, for fixed batches."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import Block, Matrix
 from moss_rlhf.model.checkpoint import Model
-from moss_rlhf.model.replay import InputStatistics, calibrate
+from moss_rlhf.model.replay import InputStatistics, calibrate, visit_blocks
 from moss_rlhf.optimization.allocation import outlier_ratio, sparsities_by_outliers
 from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches
 from moss_rlhf.optimization.magnitude import global_magnitude_masks
@@ -168,19 +168,25 @@ def _shares_by_outliers(model: Model, sample: Any, share: float, progress: Progr
 def _prune_by_magnitude(
     model: Model, pattern: Pattern, share: float, shares: Mapping[str, float], scope: str
 ) -> dict[str, float]:
-    matrices = model.anatomy.matrices
-    if scope == "global":
-        masks: Sequence[Tensor] = global_magnitude_masks([matrix.weight for matrix in matrices], share)
-        if any(mask.all() for mask in masks):
-            raise ModelError(
-                f"prune: a global threshold for sparsity {share} would empty a whole matrix. Give a smaller share, or "
-                "scope layer."
-            )
-    else:
-        masks = [pattern_mask(matrix.weight.abs(), pattern, shares[matrix.name], by_row=False) for matrix in matrices]
-    for matrix, mask in zip(matrices, masks, strict=True):
-        _zero(model, matrix, matrix.weight.masked_fill(mask, 0))
+    chosen = _global_masks(model, share) if scope == "global" else {}
+    for block in visit_blocks(model):
+        for matrix in block.matrices:
+            mask = chosen.get(matrix.name)
+            if mask is None:
+                mask = pattern_mask(matrix.weight.abs(), pattern, shares[matrix.name], by_row=False)
+            _zero(model, matrix, matrix.weight.masked_fill(mask, 0))
     return {}
+
+
+def _global_masks(model: Model, share: float) -> dict[str, Tensor]:
+    matrices = model.anatomy.matrices
+    masks = global_magnitude_masks([matrix.weight for matrix in matrices], share)
+    if any(mask.all() for mask in masks):
+        raise ModelError(
+            f"prune: a global threshold for sparsity {share} would empty a whole matrix. Give a smaller share, or scope "
+            "layer."
+        )
+    return {matrix.name: mask for matrix, mask in zip(matrices, masks, strict=True)}
 
 
 def _prune_by_inputs(

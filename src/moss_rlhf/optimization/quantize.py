@@ -17,7 +17,7 @@ from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.grid import INT8, Grid, integer_grid, quantized_tables, round_to_grid
 from moss_rlhf.model.processor import fast_int8, processor_flags
 from moss_rlhf.model.quantization import Quantization, Scheme
-from moss_rlhf.model.replay import InputStatistics, calibrate
+from moss_rlhf.model.replay import InputStatistics, calibrate, visit_blocks
 from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches
 from moss_rlhf.optimization.gptq import round_by_gptq, shortage
 from moss_rlhf.optimization.sparsegpt import prune_by_sparsegpt
@@ -61,26 +61,25 @@ def quantize(
     grid = grid_of(model, scheme, group_size)
     _refuse_misfits(model, grid)
     progress = progress or Progress(quiet=True)
-    originals = {matrix.name: matrix.weight.clone() for matrix in model.anatomy.matrices}
-    ranges: dict[str, tuple[float, float]] = {}
+    solver = _Solver(model, grid, method, activation_order, sparsity)
     notes: dict[str, object] = {}
     if method == "gptq" or scheme == "int8_static":
         sample = calibration_rows(encoded(model, train), rows, seed)
         batches = list(labelled_batches(model, sample))
-        solver = _Solver(model, grid, method, activation_order, sparsity)
         for visit in calibrate(model, batches, gather="grams" if method == "gptq" else "norms", progress=progress):
             for matrix in visit.block.matrices:
                 solver.solve(matrix, visit.statistics[matrix.name])
-        ranges = solver.ranges if scheme == "int8_static" else {}
         notes = {"rows_measured": len(sample)} | solver.facts()
     else:
-        for matrix in model.anatomy.matrices:
-            matrix.weight.copy_(round_to_grid(matrix.weight, grid))
+        for block in visit_blocks(model):
+            for matrix in block.matrices:
+                solver.write(matrix, round_to_grid(matrix.weight, grid))
     if scheme != "int4":
         for table in quantized_tables(model.network):
             table.weight.copy_(round_to_grid(table.weight, grid))
+    ranges = solver.ranges if scheme == "int8_static" else {}
     model.quantization = Quantization(scheme, group_size if scheme == "int4" else None, ranges)
-    return _facts(model, originals, scheme, method) | notes
+    return _facts(model, solver.errors, scheme, method) | notes
 
 
 def grid_of(model: Model, scheme: str, group_size: int = 128) -> Grid:
@@ -99,12 +98,13 @@ class _Solver:
         self.pruned = {id(parameter) for parameter in model.pruned}
         self.ranges: dict[str, tuple[float, float]] = {}
         self.damping: dict[str, float] = {}
+        self.errors: dict[str, float] = {}
         self.short: dict[str, str] = {}
 
     def solve(self, matrix: Matrix, found: InputStatistics) -> None:
         self.ranges[matrix.name] = (min(found.least, 0.0), max(found.most, 0.0))
         if self.method == "nearest" or found.gram is None:
-            matrix.weight.copy_(round_to_grid(matrix.weight, self.grid))
+            self.write(matrix, round_to_grid(matrix.weight, self.grid))
             return
         if short := shortage(found.tokens, matrix.in_features):
             self.short[matrix.name] = short
@@ -112,9 +112,13 @@ class _Solver:
             weight, used = self._rounded(matrix, found.gram)
         except ValueError as error:
             raise ModelError(f"quantize: {matrix.name}: {error}.") from None
-        matrix.weight.copy_(weight)
+        self.write(matrix, weight)
         if used > _DAMPING:
             self.damping[matrix.name] = used
+
+    def write(self, matrix: Matrix, weight: Tensor) -> None:
+        self.errors[matrix.name] = float((weight - matrix.weight).norm() / matrix.weight.norm().clamp_min(1e-30))
+        matrix.weight.copy_(weight)
 
     def _rounded(self, matrix: Matrix, gram: Tensor) -> tuple[Tensor, float]:
         found = round_by_gptq(
@@ -178,8 +182,7 @@ def _refuse_misfits(model: Model, grid: Grid) -> None:
             )
 
 
-def _facts(model: Model, originals: Mapping[str, Tensor], scheme: str, method: str) -> dict[str, object]:
-    errors = {matrix.name: _relative(matrix.weight, originals[matrix.name]) for matrix in model.anatomy.matrices}
+def _facts(model: Model, errors: Mapping[str, float], scheme: str, method: str) -> dict[str, object]:
     worst = sorted(errors, key=lambda name: -errors[name])[:3]
     tables = 0 if scheme == "int4" else len(quantized_tables(model.network))
     return {
@@ -190,10 +193,6 @@ def _facts(model: Model, originals: Mapping[str, Tensor], scheme: str, method: s
         "worst": {name: errors[name] for name in worst},
         "faster_here": _verdict(scheme, fast_int8(processor_flags())),
     }
-
-
-def _relative(weight: Tensor, original: Tensor) -> float:
-    return float((weight - original).norm() / original.norm().clamp_min(1e-30))
 
 
 def _verdict(scheme: str, fast: bool) -> str:

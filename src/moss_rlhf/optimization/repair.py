@@ -123,6 +123,8 @@ def _reader(run: _Written, kind: str) -> Any:
 
 
 MODE = {"stream": True}
+
+
 def moments_of(cut: Replay, uncut: Replay, position: int, kind: str, weights: Sequence[Tensor] | None) -> Moments:
     """The moments of one part over all batches, the padding left out."""
     block = cut.blocks[position]

@@ -15,18 +15,26 @@ from moss_rlhf.tasks import TASKS, TextClassification
 _LANGUAGE_ROW = 1024  # tokens: some models have positions for a hundred times as many, and memory for none
 
 
-def load(path: str | Path, labels: Sequence[str] | None = None, task: str | None = None) -> Model:
+def load(
+    path: str | Path, labels: Sequence[str] | None = None, task: str | None = None, *, offload: bool = False
+) -> Model:
     """Load a checkpoint, whatever shapes moss-rlhf gave it: `.network`, `.tokenizer`, `.task`.
 
     path     a directory or a hub id.
     labels   names in class-id order, to start from a pretrained model whose head is yet to be trained.
     task     its name; text classification unless the checkpoint or this says otherwise.
+    offload  leave the weights on disk, so that a checkpoint larger than memory can be pruned and quantized, a block at a
+             time, and saved. Its head must be a trained one.
     raises   ModelError where it is missing or broken.
     """
     place = locate(str(path))
     config = read_config(place)
     name = task or config.get(KEY, {}).get("task", TextClassification.name)
     auto_class = TASKS[name].auto_class()
+    if offload:
+        model = load_checkpoint(place, auto_class, offload=True)
+        model.task = name
+        return model
     if labels is None and KEY in config:
         return load_checkpoint(place, auto_class)
     if not TASKS[name].has_classes:
