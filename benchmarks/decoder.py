@@ -248,7 +248,7 @@ def train(data: Path, output: Path, *, steps: int, batch_size: int, learning_rat
 
 
 def calibration_windows(tokens: Tensor) -> Dataset:
-    """The text as encoded rows of WINDOW tokens each: as text, some would come back a token longer and be cut in two."""
+    """Encoded rows of WINDOW tokens each: given as text, some would come back a token longer and be cut in two."""
     windows = cut_windows(tokens)
     return Dataset.from_dict({"input_ids": windows.tolist(), "length": [WINDOW] * len(windows)})
 

@@ -44,7 +44,7 @@ def ways() -> list[tuple[str, str]]:
     return [(score, how) for score in get_args(Score) for how in hows] + [("loss", "auto")]
 
 
-def measure(dense, train, test, remove: int, seeds: int, rows: int) -> list[tuple[str, str, str]]:
+def measure(dense, train, test, remove: int, *, seeds: int, rows: int) -> list[tuple[str, str, str]]:
     whole, lines = accuracy(dense, test), []
     for score, how in ways():
         found, seconds = [], []
@@ -65,7 +65,7 @@ def measure(dense, train, test, remove: int, seeds: int, rows: int) -> list[tupl
     return lines
 
 
-def recover(dense, train, test, remove: int, rows: int, count: int) -> tuple[str, str, str]:
+def recover(dense, train, test, remove: int, *, rows: int, count: int) -> tuple[str, str, str]:
     """One epoch with the dense model as teacher, after `auto`."""
     model = deepcopy(dense)
     facts = shorten(model, train, remove=remove, how="auto", rows=rows)
@@ -96,9 +96,11 @@ def main() -> None:
     train, test = (encoded(dense, read_rows(given.data / name, 10**6), 128) for name in ("train.tsv", "test.tsv"))
     lines = [("dense", f"{accuracy(dense, test):.4f}", "")]
     for remove in given.remove:
-        lines += measure(dense, train, test, remove, given.seeds, given.rows)
+        lines += measure(dense, train, test, remove, seeds=given.seeds, rows=given.rows)
     if given.recover_rows:
-        lines += [recover(dense, train, test, remove, given.rows, given.recover_rows) for remove in given.remove]
+        lines += [
+            recover(dense, train, test, remove, rows=given.rows, count=given.recover_rows) for remove in given.remove
+        ]
     title = f"Layers taken out of a fine-tuned {dense.network.config.model_type} of {len(dense.anatomy.blocks)} layers"
     header = ("what", f"accuracy on {len(test)} test rows, mean (lowest to highest) of {given.seeds} seeds", "cost")
     keep("shortening", table(f"{title}, {given.rows} calibration rows", lines, header))

@@ -22,7 +22,7 @@ def layer(out_features, width, seed, tokens=None, spread=0.5):
     return torch.randn(out_features, width, generator=generator), inputs.T @ inputs
 
 
-def published(weight, hessian, bits, group_size=None, damping=0.01, fit=None):
+def published(weight, hessian, bits, group_size=None, *, damping=0.01, fit=None):
     """Algorithm 1 of arXiv:2210.17323 with blocks of one column, in float64, as its reference code reads it.
 
     Scales in full precision, or from `fit`, which gives (scale, zero) of the columns of one group.

@@ -176,7 +176,7 @@ def test_what_keeps_blocks_from_being_merged_is_named(tiny_model):
     assert "(48,) in block.0" not in reason
     assert "block.0 and block.1" in reason
     assert "40" in reason
-    with pytest.raises(ValueError, match="block.0 and block.1"):
+    with pytest.raises(ValueError, match=r"block\.0 and block\.1"):
         merge_weights(model.anatomy.blocks[:2], average)
     modern = tiny_model("modernbert")
     assert "only one of them has attn_norm" in hindrance(modern.anatomy.blocks[:2])

@@ -296,7 +296,7 @@ def test_the_first_block_of_modernbert_stays(tiny_model, rows):
     merged = tiny_model("modernbert")
     facts = shorten(merged, rows, how="merge_average")
     assert facts["merged"] == {"block.1": ["block.1", "block.2"]}
-    with pytest.raises(ModelError, match="can't remove 2 of 3 layers.*Give 1 to 1"):
+    with pytest.raises(ModelError, match=r"can't remove 2 of 3 layers.*Give 1 to 1"):
         shorten(tiny_model("modernbert"), rows, remove=2, how="merge_average")
     with pytest.raises(ModelError, match="of 2 layers none can be merged"):
         shorten(tiny_model("modernbert", blocks=2), rows, how="merge_average")
@@ -403,7 +403,7 @@ def test_a_loss_that_is_never_finite_is_refused(tiny_model, rows):
             shorten(model, rows, how=how)
     broken = tiny_model()
     broken.anatomy.blocks[0].attention.output.weight[0, 0] = math.nan
-    with pytest.raises(ModelError, match="blocks 0–1 can't be merged.*finite"):
+    with pytest.raises(ModelError, match=r"blocks 0–1 can't be merged.*finite"):
         shorten(broken, rows, how="merge_least_squares")
 
 

@@ -107,7 +107,8 @@ def round_by_gptq(
     normal = _normalised(hessian)
     order = normal.diagonal().argsort(descending=True, stable=True) if activation_order else None
     factor, used = feedback(normal if order is None else normal[order][:, order], damping)
-    rounding = _Rounding(weight, grid, order, static_groups or activation_order, keep_largest, pruned)
+    static = static_groups or activation_order
+    rounding = _Rounding(weight, grid, order, static=static, keep_largest=keep_largest, pruned=pruned)
     rounding.run(factor)
     rounded = rounding.weight()
     scale, zero = rounding.scale.T.contiguous(), rounding.zero.T.to(torch.int32).contiguous()
@@ -115,7 +116,7 @@ def round_by_gptq(
 
 
 def output_error(difference: Tensor, gram: Tensor) -> float:
-    """tr(D G Dᵀ): the squared norm of the outputs that a change of weights D (out, in) makes; gram (in, in) = Σ x xᵀ."""
+    """‖D X‖² = tr(D G Dᵀ), what a change of weights D (out, in) does to the outputs; gram (in, in) = Σ x xᵀ."""
     return float(((difference @ gram) * difference).sum(dtype=torch.float64))
 
 
@@ -162,7 +163,14 @@ class _Rounding:
     """The walk over the columns. Matrices are held as (in, out), columns in the order of the walk."""
 
     def __init__(
-        self, weight: Tensor, grid: Grid, order: Tensor | None, static: bool, keep_largest: bool, pruned: Tensor | None
+        self,
+        weight: Tensor,
+        grid: Grid,
+        order: Tensor | None,
+        *,
+        static: bool,
+        keep_largest: bool,
+        pruned: Tensor | None,
     ) -> None:
         out_features, width = weight.shape
         self.grid, self.order, self.group = grid, order, grid.group_width(width)
@@ -177,9 +185,8 @@ class _Rounding:
         if self.static:
             for start in range(0, width, self.group):
                 self._fit(columns[start : start + self.group], start)
-        self.lost = self._ordered(columns).clone(
-            memory_format=torch.contiguous_format
-        )  # W − Ŵ, once a column is rounded
+        # W, and once a column is rounded W − Ŵ; never the caller's memory, which a single row or column would be
+        self.lost = self._ordered(columns).clone(memory_format=torch.contiguous_format)
         self.moved = self.lost.clone()  # W + Σ (W − Ŵ) U, and once a column is rounded its steps from zero
         self.held = None if self.held is None else self._ordered(self.held)
 
@@ -203,9 +210,7 @@ class _Rounding:
 
     def weight(self) -> Tensor:
         """(out, in), columns back in their place."""
-        steps = (
-            self.moved if self.order is None else torch.empty_like(self.moved).index_copy_(0, self.order, self.moved)
-        )
+        steps = self.moved if self.order is None else self.moved[self.order.argsort()]
         steps.reshape(len(self.scale), self.group, -1).mul_(self.scale[:, None])
         return steps.T.contiguous()
 

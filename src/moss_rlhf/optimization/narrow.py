@@ -1,80 +1,35 @@
-"""Narrow the blocks: remove whole attention heads and feed-forward neurons, so that the matrices are smaller.
+"""Narrow the blocks: remove whole attention heads, feed-forward neurons and hidden features, so that matrices shrink.
 
-Units are scored by Fisher information of their masks (Kwon et al. 2022, arXiv:2204.09656, §4.1): put a mask m = 1
-before the output projection of attention (one a head) and before the down projection (one a neuron); the diagonal of
-the Fisher matrix is I_i = Σ_rows (∂loss / ∂m_i)², and removing the units of lowest I costs least to second order.
+Units are scored (`unit_scores`), widths and units chosen (`width_allocation`): a share of every block, or wherever it
+costs least under a budget of multiply-accumulates, weights or measured time. What stays is refitted to the uncut
+network's outputs by least squares (`repair`), no training. In several steps, each scored anew on the repaired network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moss_rlhf.errors import ModelError
-from moss_rlhf.model.anatomy import Block
+from moss_rlhf.errors import ModelError, nearest
+from moss_rlhf.model.anatomy import BlockShape
 from moss_rlhf.model.checkpoint import Model
-from moss_rlhf.model.cost import units_kept
-from moss_rlhf.model.surgery import keep_feed_forward, keep_heads
+from moss_rlhf.model.cost import block_macs, units_kept
+from moss_rlhf.model.latency import Measure
+from moss_rlhf.model.replay import Batch
+from moss_rlhf.model.surgery import keep_hidden
 from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches
+from moss_rlhf.optimization.repair import repair_outputs
+from moss_rlhf.optimization.unit_scores import KINDS, SCORES, Kind, Part, Score, groups_of, hidden_scores, unit_scores
+from moss_rlhf.optimization.width_allocation import keep_highest, rearrange
+from moss_rlhf.optimization.width_plan import BUDGETS, Plan, budgeted_plan, uniform_plan
 from moss_rlhf.progress import Progress
-from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.loading import encoded
-
-
-def keep_highest(score: Tensor, kept: int) -> Tensor:
-    """Indices of the `kept` highest scores, ascending, int64; ties go to the lower index. score (units,)."""
-    return score.argsort(descending=True, stable=True)[:kept].sort().values
-
-
-def fisher_scores(model: Model, sample: Any, progress: Progress) -> list[tuple[Tensor, Tensor]]:
-    """The Fisher score of every head, (heads,), and neuron, (feed_forward,), of each block; float64."""
-    task, blocks = TASKS[model.task], model.anatomy.blocks
-    totals = [
-        (
-            torch.zeros(block.attention.units, dtype=torch.float64),
-            torch.zeros(block.shape.feed_forward, dtype=torch.float64),
-        )
-        for block in blocks
-    ]
-    model.network.eval()
-    for inputs, labels in progress.track(labelled_batches(model, sample), "scoring units"):
-        with _masks(blocks, len(labels), labels.device) as masks:
-            loss = task.loss(model.network(**inputs).logits, labels, reduction="sum")
-            gradients = torch.autograd.grad(loss, [mask for pair in masks for mask in pair])
-        for total, gradient in zip([total for pair in totals for total in pair], gradients, strict=True):
-            total.add_(gradient.double().pow(2).sum(dim=0).cpu())
-    return totals
-
-
-@contextmanager
-def _masks(blocks: Sequence[Block], rows: int, device: torch.device) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Masks of ones, (rows, heads) and (rows, feed_forward) a block, that multiply what enters o and down.
-
-    One row of masks a text: its gradient is that text's own, so squares need no second pass.
-    """
-    masks, hooks = [], []
-    for block in blocks:
-        heads = torch.ones(rows, block.attention.units, device=device, requires_grad=True)
-        neurons = torch.ones(rows, block.shape.feed_forward, device=device, requires_grad=True)
-        hooks.append(_multiply_input(block.attention.output.module, heads, block.attention.unit_features))
-        hooks.append(_multiply_input(block.feed_forward.down.module, neurons, 1))
-        masks.append((heads, neurons))
-    try:
-        yield masks
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _multiply_input(linear: nn.Module, mask: Tensor, features: int) -> Any:
-    """Multiply the input (rows, length, units · features) of a layer by mask (rows, units)."""
-    return linear.register_forward_pre_hook(
-        lambda _, inputs: (inputs[0] * mask.repeat_interleave(features, dim=1)[:, None, :],)
-    )
 
 
 def narrow(
@@ -83,52 +38,208 @@ def narrow(
     *,
     heads: float = 0.0,
     feed_forward: float = 0.0,
+    hidden: float = 0.0,
+    macs: float = 0.0,
+    parameters: float = 0.0,
+    latency: float = 0.0,
+    score: Score = "fisher",
+    steps: int = 1,
+    repair: bool = True,
     rows: int = 1024,
     multiple_of: int = 8,
+    measure: Measure | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, object]:
-    """Remove the share `heads` of every block's heads and `feed_forward` of its neurons, in place; returns the facts.
+    """Remove heads, neurons and hidden features in place; returns the facts. All shares are shares removed, in [0, 1).
 
-    train         rows with labels; `rows` of them, drawn by `seed`, are scored on.
-    multiple_of   feed-forward widths are rounded up to it: runtimes like multiples of 8 or 16.
-    raises        ModelError on a quantized model, a share outside [0, 1), or one that removes nothing.
+    train                       rows with labels; `rows` of them, drawn by `seed`, are scored on and repaired with.
+    heads, feed_forward         of every attention's heads, of every feed-forward's neurons.
+    macs, parameters, latency   instead, one of them: of the blocks' multiply-accumulates, of their matrices' weights,
+                                of their matrix products' measured time; heads and neurons go where they cost least.
+    hidden                      of the hidden size, after everything else; it needs fine-tuning afterwards.
+    score                       see `unit_scores`.
+    steps                       cuts on the way; scores are measured anew before each, repairs done after each.
+    repair                      refit what stays to the uncut outputs.
+    multiple_of                 feed-forward and hidden widths are rounded up to it: runtimes like multiples of 8 or 16.
+    measure                     for `latency`: seconds of a part of a block at a width; PyTorch's unless given.
+    raises                      ModelError, the model untouched, on a quantized or streamed model, weights or scores
+                                that are not finite, a share outside [0, 1), shares and a budget together, what would
+                                remove nothing, and a budget that even the smallest widths exceed; DataError where
+                                there are no rows.
     """
-    _refuse(model, heads, feed_forward)
-    before = model.anatomy.shapes
+    shares = {"heads": heads, "feed_forward": feed_forward, "hidden": hidden}
+    budgets: dict[str, float] = {"macs": macs, "parameters": parameters, "latency": latency}
+    _refuse_options({**shares, **budgets}, tuple(budgets), score, steps, multiple_of)
+    _refuse_model(model)
+    progress = progress or Progress(quiet=True)
     sample = calibration_rows(encoded(model, train), rows, seed)
-    scores = fisher_scores(model, sample, progress or Progress(quiet=True))
-    lost = []
-    for block, (of_heads, of_neurons) in zip(model.anatomy.blocks, scores, strict=True):
-        kept_heads = keep_highest(of_heads, units_kept(len(of_heads), heads))
-        kept_neurons = keep_highest(of_neurons, units_kept(len(of_neurons), feed_forward, multiple_of))
-        keep_heads(block.attention, kept_heads.tolist())
-        keep_feed_forward(block, kept_neurons)
-        lost.append({"heads": 1 - _share(of_heads, kept_heads), "feed_forward": 1 - _share(of_neurons, kept_neurons)})
-    after = model.anatomy.shapes
-    if after == before:
-        raise ModelError(
-            f"narrow: heads {heads} and feed_forward {feed_forward} are less than one unit of {before[0]}. "
-            "Remove a larger share."
-        )
-    return {
-        "heads": f"{before[0].heads} → {after[0].heads} a block",
-        "feed_forward": f"{before[0].feed_forward} → {after[0].feed_forward} a block",
-        "rows_scored": len(sample),
-        "score_lost": lost,
-        "faster_here": "yes: every matrix of the blocks is physically smaller",
-    }
+    length, size = float(np.mean(sample["length"])), model.anatomy.hidden_size
+    of = next((name for name in BUDGETS if budgets[name]), None)
+    plan: Plan = (
+        uniform_plan(model, heads, feed_forward, multiple_of)
+        if of is None
+        else budgeted_plan(model, of, budgets[of], multiple_of=multiple_of, length=length, measure=measure)
+    )
+    features = units_kept(size, hidden, multiple_of) if hidden else size
+    _refuse_nothing(model, shares, plan.narrows or features < size)
+    if features < size:
+        keep_hidden(copy.deepcopy(model.network), torch.arange(features))  # raises, if it does, before any work
+    before, batches = _State.of(model, length), list(labelled_batches(model, sample))
+    record = _Record()
+    if plan.narrows:
+        record = _narrow_units(model, plan, batches, steps=steps, score=score, repair=repair, progress=progress)
+    if features < size:
+        keep_hidden(model.network, keep_highest(hidden_scores(model, batches, progress), features))
+    model.pruned = [parameter for parameter in model.pruned if torch.count_nonzero(parameter) < parameter.numel()]
+    return _facts(before, _State.of(model, length), record, rows=len(sample), measured=of == "latency")
+
+
+# --- what is done --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Record:
+    """kept: share of the score that stayed, by the parts' names, over all steps; errors: of the last repair."""
+
+    kept: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def _narrow_units(
+    model: Model,
+    plan: Plan,
+    batches: Sequence[Batch],
+    *,
+    steps: int,
+    score: Score,
+    repair: bool,
+    progress: Progress,
+) -> _Record:
+    """Score the units as the network is, cut a part of the way, repair; and again."""
+    record = _Record()
+    uncut = copy.deepcopy(model.network) if repair else None
+    for step in range(1, steps + 1):
+        scores, gradients = unit_scores(model, batches, score, progress)
+        groups = groups_of(model.anatomy)
+        together = {group[0].name: _together(group, scores, score) for group in groups}
+        for group, width in zip(groups, plan.widths(groups, together, step / steps), strict=True):
+            if width < group[0].units:
+                kept = keep_highest(together[group[0].name], width)
+                if score == "fisher":
+                    kept = rearrange(torch.cat([gradients[part.name] for part in group]), kept)
+                _cut(group, kept, scores, record)
+        if uncut is not None:
+            frozen = {id(parameter) for parameter in model.pruned}
+            record.errors = repair_outputs(model.network, uncut, batches, frozen=frozen, progress=progress)
+    return record
+
+
+def _cut(group: Sequence[Part], kept: Tensor, scores: Mapping[str, Tensor], record: _Record) -> None:
+    for part in group:
+        record.kept[part.name] = record.kept.get(part.name, 1.0) * _share(scores[part.name], kept)
+        part.keep(kept)
+
+
+def _together(group: Sequence[Part], scores: Mapping[str, Tensor], score: Score) -> Tensor:
+    """One score a unit of a group: the sum. What is not in units of the loss counts as a share of its part's."""
+    parts = [scores[part.name] for part in group]
+    if score in ("activation", "magnitude"):
+        parts = [part / part.sum().clamp(min=torch.finfo(part.dtype).tiny) for part in parts]
+    return torch.stack(parts).sum(dim=0)
 
 
 def _share(score: Tensor, kept: Tensor) -> float:
     return float(score[kept].sum() / score.sum()) if score.sum() > 0 else 1.0
 
 
-def _refuse(model: Model, heads: float, feed_forward: float) -> None:
-    if model.quantization:
-        raise ModelError("narrow: the model is quantized already; narrow it before, then quantize.")
-    for name, share in (("heads", heads), ("feed_forward", feed_forward)):
+# --- what is told --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _State:
+    """The network's sizes: of its blocks by their names, of its hidden state, its blocks' operations for one token."""
+
+    shapes: Mapping[str, BlockShape]
+    hidden: int
+    macs: float
+
+    @classmethod
+    def of(cls, model: Model, length: float) -> _State:
+        dimensions = model.dimensions
+        macs = sum(block_macs(shape, dimensions, length) for shape in dimensions.blocks)
+        return cls({block.name: block.shape for block in model.anatomy.blocks}, dimensions.hidden, macs)
+
+
+def _facts(before: _State, after: _State, record: _Record, *, rows: int, measured: bool) -> dict[str, object]:
+    old, new = tuple(before.shapes.values()), tuple(after.shapes.values())
+    kinds: list[Kind] = [kind for kind in KINDS if any(getattr(shape, kind) for shape in old)]
+    facts: dict[str, object] = {kind: f"{_span(old, kind)} → {_span(new, kind)} a block" for kind in kinds}
+    if before.hidden != after.hidden:
+        facts["hidden"] = f"{before.hidden} → {after.hidden}; fine-tune before use"
+    facts["blocks"] = {
+        name: {kind: [getattr(before.shapes[name], kind), getattr(after.shapes[name], kind)] for kind in kinds}
+        for name in before.shapes
+    }
+    facts["rows_scored"] = rows
+    facts["score_lost"] = [
+        {kind: 1 - record.kept.get(f"{name}.{kind}", 1.0) for kind in kinds if getattr(shape, kind)}
+        for name, shape in before.shapes.items()
+    ]
+    facts["macs_per_token"] = [before.macs, after.macs]
+    if record.errors:
+        facts["repair_error"] = {name: list(errors) for name, errors in record.errors.items()}
+    facts["faster_here"] = _faster(before, after, measured)
+    return facts
+
+
+def _span(shapes: Sequence[BlockShape], kind: Kind) -> str:
+    """'12', or '5 to 12' where blocks differ."""
+    sizes = [getattr(shape, kind) for shape in shapes if getattr(shape, kind)]
+    return f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+
+
+def _faster(before: _State, after: _State, measured: bool) -> str:
+    gone = 1 - after.macs / before.macs
+    how = "; the time budget counts matrix products alone" if measured else ""
+    return f"yes: the blocks' matrices are physically smaller, with {gone:.0%} fewer multiply-accumulates{how}"
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def _refuse_options(
+    options: Mapping[str, float], budgets: Sequence[str], score: str, steps: int, multiple_of: int
+) -> None:
+    for name, share in options.items():
         if not 0 <= share < 1:
             raise ModelError(
                 f"narrow: {name} is the share removed and must be in [0, 1), got {share}. Give a share such as 0.5."
             )
+    given = [name for name, share in options.items() if share and name != "hidden"]
+    if len(given) > 1 and any(name in budgets for name in given):
+        raise ModelError(
+            f"narrow: {' and '.join(given)} can't be met together. Give shares of heads and feed_forward, or one of "
+            f"{', '.join(budgets)}."
+        )
+    if score not in SCORES:
+        raise ModelError(f"narrow: score {score!r} is unknown; {nearest(score, SCORES)}")
+    for name, count in (("steps", steps), ("multiple_of", multiple_of)):
+        if count < 1:
+            raise ModelError(f"narrow: {name} must be at least 1, got {count}.")
+
+
+def _refuse_model(model: Model) -> None:
+    if model.quantization:
+        raise ModelError("narrow: the model is quantized already; narrow it before, then quantize.")
+    if model.weights is not None:
+        raise ModelError("narrow: the model's blocks are on disk (offload); load it whole to narrow it.")
+    for name, parameter in model.network.named_parameters():
+        if not parameter.isfinite().all():
+            raise ModelError(f"narrow: {name} holds inf or nan. Fetch the checkpoint again, or fine-tune it anew.")
+
+
+def _refuse_nothing(model: Model, shares: Mapping[str, float], removes: bool) -> None:
+    if not removes:
+        asked = " and ".join(f"{name} {share}" for name, share in shares.items() if share or name != "hidden")
+        raise ModelError(f"narrow: {asked} are less than one unit of {model.anatomy.shapes[0]}. Remove a larger share.")

@@ -4,7 +4,7 @@ When units of a part went, the columns that stay of its output matrix W can make
 Block by block, with x (features) what enters W in the cut network, whose earlier parts are repaired already, and t
 what W has to write so that the stream (the hidden states that the part adds to) is the uncut network's,
 
-    min over W, b   Σ_tokens w ‖W x + b − t‖²  +  λ ‖W − W_cut‖²
+    min over W, b   Σ_tokens ‖W x + b − t‖²  +  λ ‖W − W_cut‖²  +  λ ‖b − b_cut‖²
 
 The masks' tuning of Kwon et al. 2022 (arXiv:2204.09656, §4.3) is the special case of one scale a unit; the asymmetry
 (inputs of the cut network against the stream of the uncut one) is that of Nagel et al. 2020 (arXiv:2004.10568, §4.3)
@@ -13,7 +13,7 @@ and keeps errors from piling up. Solved with torch.linalg from Gram matrices, so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,18 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moss_rlhf.model.anatomy import Block, Matrix
+from moss_rlhf.model.anatomy import Matrix, anatomy_of
 from moss_rlhf.model.replay import Batch, Replay, first
 from moss_rlhf.optimization.block_states import own_tokens
-from moss_rlhf.optimization.unit_scores import Part, block_parts
+from moss_rlhf.optimization.unit_scores import Part, block_parts, parts_of
 from moss_rlhf.progress import Progress
+
+RIDGE = 1e-3
 
 
 @dataclass
 class Moments:
-    """Second moments of features x, (f,), and targets t, (out,), over weighted tokens; float64 sums on the CPU.
+    """Second moments of features x, (f,), and targets t, (out,), summed over tokens.
 
-    gram    (f, f) Σ w x xᵀ;   cross (f, out) Σ w x tᵀ;   square Σ w ‖t‖²
+    gram (f, f) Σ x xᵀ;  cross (f, out) Σ x tᵀ;  square Σ ‖t‖²
     """
 
     gram: Tensor
@@ -43,29 +45,39 @@ class Moments:
     def empty(cls, features: int, outputs: int) -> Moments:
         return cls(torch.zeros(features, features), torch.zeros(features, outputs))
 
-    def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
-        """Count tokens: features (tokens, f), targets (tokens, out), weights (tokens,)."""
-        weighted = (features * weights[:, None]).T
-        self.gram += (weighted @ features).cpu()
-        self.cross += (weighted @ targets).cpu()
-        self.square += float((targets.double().square().sum(dim=1) * weights).sum())
+    def add(self, features: Tensor, targets: Tensor) -> None:
+        """Count tokens: features (tokens, f), targets (tokens, out)."""
+        self.gram += (features.T @ features).cpu()
+        self.cross += (features.T @ targets).cpu()
+        self.square += float(targets.double().square().sum())
+
+    def __iadd__(self, other: Moments) -> Moments:
+        self.gram += other.gram
+        self.cross += other.cross
+        self.square += other.square
+        return self
 
     def error(self, weight: Tensor) -> float:
-        """Σ w ‖W x − t‖² of a weight, (out, f)."""
+        """Σ ‖W x − t‖² of a weight, (out, f)."""
         w = weight.double()
         inside = (w @ self.gram.double() * w).sum() - 2 * (w.T * self.cross.double()).sum()
         return max(0.0, float(inside) + self.square)
 
 
-def refit(moments: Moments, weight: Tensor, ridge: float) -> Tensor:
-    """The weight, (out, f), that solves the ridge least squares above, near the present one.
+def refit(moments: Moments, weight: Tensor, ridge: float = RIDGE) -> Tensor:
+    """The weight, (out, f), that solves the ridge least squares above, near the present one, (out, f).
 
-    ridge    λ as a share of the mean squared feature, > 0; it holds the solution where texts are few.
+    ridge    λ as a share of the mean squared feature, above 0: it holds the solution where texts are few.
+    raises   ValueError on a ridge that is not above 0.
     """
+    if ridge <= 0:
+        raise ValueError(f"ridge must be above 0, got {ridge}: fewer tokens than features would leave no solution")
     gram = moments.gram.double()
-    damped = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    damping = ridge * gram.diagonal().mean() + torch.finfo(torch.float64).tiny  # features that are all 0 stay as is
     missing = moments.cross.double() - gram @ weight.double().T
-    return (weight.double() + torch.linalg.solve(damped, missing).T).to(weight.dtype)
+    damped = gram + damping * torch.eye(len(gram), dtype=torch.float64)
+    change: Tensor = torch.linalg.solve(damped, missing).T
+    return weight + change.to(weight.dtype)
 
 
 # --- in a network --------------------------------------------------------------------------------------------------
@@ -91,8 +103,10 @@ class _Written:
         total = self.entered + sum(value.reshape(shape) for value in self.written.values())
         if not torch.allclose(total, self.left, rtol=1e-3, atol=1e-4 * float(self.left.abs().max())):
             return self.read[kind].reshape(shape)
-        before = list(self.written)[: list(self.written).index(kind)]
-        return self.entered + sum((self.written[name].reshape(shape) for name in before), torch.zeros(()))
+        stream = self.entered
+        for before in list(self.written)[: list(self.written).index(kind)]:
+            stream = stream + self.written[before].reshape(shape)
+        return stream
 
 
 def _run(replay: Replay, position: int, batch: int) -> _Written:
@@ -122,49 +136,80 @@ def _reader(run: _Written, kind: str) -> Any:
     return read
 
 
-MODE = {"stream": True}
+def moments_of(cut: Replay, uncut: Replay, position: int, kind: str) -> Moments:
+    """The moments of one part of the block at `position` over all batches, the padding left out.
 
-
-def moments_of(cut: Replay, uncut: Replay, position: int, kind: str, weights: Sequence[Tensor] | None) -> Moments:
-    """The moments of one part over all batches, the padding left out."""
+    Where its output matrix has a bias, the last feature is the constant 1.
+    """
     block = cut.blocks[position]
     output = next(part.output for part in block_parts(block) if part.kind == kind)
-    constant = output.bias is not None
-    moments = Moments.empty(output.in_features + constant, output.out_features)
+    moments = Moments.empty(output.in_features + (output.bias is not None), output.out_features)
     for index, batch in enumerate(cut.batches):
         inside = own_tokens(cut.anatomy, block, batch)
         ours, theirs = _run(cut, position, index), _run(uncut, position, index)
-        shape = (*inside.shape, -1)
-        features = ours.features[kind].reshape(shape)[inside].float()
-        wanted = theirs.written[kind].reshape(shape)
-        if MODE["stream"]:
-            wanted = wanted + (theirs.stream(kind) - ours.stream(kind))
-        if constant:
-            features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
-        of_tokens = torch.ones(len(features)) if weights is None else weights[index][inside]
-        moments.add(features, wanted[inside].float(), of_tokens)
+        wanted = theirs.written[kind].reshape(theirs.entered.shape) + theirs.stream(kind) - ours.stream(kind)
+        features = ours.features[kind].reshape(*inside.shape, -1)[inside].float()
+        if output.bias is not None:
+            features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+        moments.add(features, wanted[inside].float())
     return moments
 
 
-def solve(moments: Moments, output: Matrix, ridge: float) -> tuple[float, float]:
-    """Refit one matrix (and its bias); the relative errors before and after."""
+def refit_matrix(output: Matrix, moments: Moments, ridge: float) -> tuple[float, float]:
+    """Refit a matrix and its bias in place; its relative squared errors before and after."""
     bias = output.bias
-    weight = output.weight if bias is None else torch.cat([output.weight, bias[:, None]], dim=1)
+    weight = (output.weight if bias is None else torch.cat([output.weight, bias[:, None]], dim=1)).cpu()
     found = refit(moments, weight, ridge)
-    before, after = moments.error(weight), moments.error(found)
     output.weight.copy_(found[:, : output.in_features])
     if bias is not None:
         bias.copy_(found[:, -1])
-    return before / moments.square, after / moments.square
+    scale = max(moments.square, 1e-300)
+    return moments.error(weight) / scale, moments.error(found) / scale
 
 
-def repair(network, uncut, batches, ridge=1e-3, weights: Mapping[str, Sequence[Tensor]] | None = None, progress=None):
-    facts = {}
+def repair_outputs(
+    network: Any,
+    uncut: Any,
+    batches: Sequence[Batch],
+    *,
+    ridge: float = RIDGE,
+    frozen: Collection[int] = (),
+    progress: Progress | None = None,
+) -> dict[str, tuple[float, float]]:
+    """Refit the output matrices of a cut network, in place, part by part from the lowest.
+
+    uncut     the network before the cut: as many blocks, the same hidden size.
+    frozen    ids of parameters that stay as they are: those whose zeros must survive.
+    returns   relative squared errors (before, after) by the parts' names, Σ‖W x + b − t‖² / Σ‖t‖².
+    """
+    progress = progress or Progress(quiet=True)
+    repair = _repair_shared if anatomy_of(network).family.shared else _repair_blocks
+    with progress.bar("repairing", len(parts_of(anatomy_of(network)))) as bar:
+        errors = {}
+        for part, moments in repair(network, uncut, batches):
+            if id(part.output.parameter) not in frozen:
+                errors[part.name] = refit_matrix(part.output, moments, ridge)
+            bar.advance()
+    return errors
+
+
+def _repair_blocks(network: Any, uncut: Any, batches: Sequence[Batch]) -> Iterator[tuple[Part, Moments]]:
+    """Each part with its moments, after the caller has refitted the parts before it."""
     with Replay(network, batches) as ours, Replay(uncut, batches) as theirs:
         for position, block in enumerate(ours.blocks):
             for part in block_parts(block):
-                moments = moments_of(ours, theirs, position, part.kind, None if weights is None else weights[part.name])
-                facts[part.name] = solve(moments, part.output, ridge)
+                yield part, moments_of(ours, theirs, position, part.kind)
             ours.advance(position)
             theirs.advance(position)
-    return facts
+
+
+def _repair_shared(network: Any, uncut: Any, batches: Sequence[Batch]) -> Iterator[tuple[Part, Moments]]:
+    """The same where one block serves all layers: its moments are those of all of its uses."""
+    for part in parts_of(anatomy_of(network)):
+        total = Moments.empty(part.output.in_features + (part.output.bias is not None), part.output.out_features)
+        with Replay(network, batches) as ours, Replay(uncut, batches) as theirs:
+            for position in range(len(ours.blocks)):
+                total += moments_of(ours, theirs, position, part.kind)
+                ours.advance(position)
+                theirs.advance(position)
+        yield part, total

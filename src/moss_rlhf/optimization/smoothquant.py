@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def smoothing_scales(activation_maximum: Tensor, weight_maximum: Tensor, alpha: float = 0.5) -> Tensor:
-    """s = max|X|^α / max|W|^(1−α), one an input feature (Xiao et al. 2022, arXiv:2211.10438, eq. 4).
+    """Scales max|X|^α / max|W|^(1−α), one an input feature (Xiao et al. 2022, arXiv:2211.10438, eq. 4).
 
     activation_maximum   (in,), the largest |x| of each input feature over the calibration tokens.
     weight_maximum       (in,), the largest |w| of each input feature over all matrices that read it.

@@ -30,7 +30,8 @@ from moss_rlhf.tasks import TASKS
 
 Score = Literal["fisher", "taylor", "activation", "magnitude"]
 SCORES: tuple[Score, ...] = ("fisher", "taylor", "activation", "magnitude")
-Kind = Literal["heads", "cross_heads", "feed_forward"]
+Kind = Literal["heads", "cross_heads", "feed_forward"]  # as BlockShape names them
+KINDS: tuple[Kind, ...] = ("heads", "cross_heads", "feed_forward")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,15 @@ def parts_of(anatomy: Anatomy) -> tuple[Part, ...]:
 def block_parts(block: Block) -> tuple[Part, ...]:
     crossing = (Part(block, "cross_heads"),) if block.cross_attention else ()
     return Part(block, "heads"), *crossing, Part(block, "feed_forward")
+
+
+def groups_of(anatomy: Anatomy) -> tuple[tuple[Part, ...], ...]:
+    """Parts that must keep the same units: one each, but all attentions of a kind in a stack that says `same_heads`."""
+    groups: dict[tuple[str, ...], list[Part]] = {}
+    for part in parts_of(anatomy):
+        tied = anatomy.family.same_heads and part.attention is not None
+        groups.setdefault((part.block.stack, part.kind) if tied else (part.name,), []).append(part)
+    return tuple(tuple(group) for group in groups.values())
 
 
 # --- from gradients ------------------------------------------------------------------------------------------------
@@ -168,7 +178,8 @@ def magnitude_scores(anatomy: Anatomy) -> dict[str, Tensor]:
 
 def hidden_scores(model: Model, batches: Sequence[Batch], progress: Progress) -> Tensor:
     """What each feature of the hidden size carries, (hidden,) float64: its L2 norm over the tokens, summed over what
-    enters the attentions and the feed-forwards, which are the norms' outputs (Muralidharan et al. 2024, §2.2)."""
+    enters the attentions and the feed-forwards, which are the norms' outputs (Muralidharan et al. 2024, §2.2).
+    """
     total = torch.zeros(model.anatomy.hidden_size, dtype=torch.float64)
     for visit in calibrate(model, batches, gather="norms", progress=progress, title="scoring features"):
         for read in visit.block.parts:
