@@ -16,7 +16,7 @@ import numpy as np
 
 from moss_rlhf.data import DataCheck, check_data
 from moss_rlhf.errors import MachineError, ModelError, RecipeError
-from moss_rlhf.model.anatomy import BlockShape, family_of
+from moss_rlhf.model.anatomy import FAMILIES, BlockShape, family_of
 from moss_rlhf.model.config import (
     KEY,
     block_shapes,
@@ -41,8 +41,10 @@ from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import (
     FinetuneSpec,
     NarrowSpec,
+    PruneSpec,
     QuantizeSpec,
     Recipe,
+    SensitivitySpec,
     ShortenSpec,
     stage_kind,
     stage_spec,
@@ -55,6 +57,8 @@ from moss_rlhf.tasks.lengths import choose_max_length, length_facts
 _EFFICIENCY = 0.5  # of a plain matrix product's speed, reached in training (docs/LOG.md)
 _LIBRARY_BYTES = 1100 * 2**20  # torch, transformers, datasets, and what their allocators keep (measured)
 _CHECKPOINT_BYTES = 28  # a parameter's share of two resume states (weights and two moments) and the best weights
+_EVERY_TOKEN = ("embeddings_project.weight", "embedding_hidden_mapping_in.weight", "encoder.conv.conv.weight")
+_REPLAYS = 2  # passes through each block: to measure what enters it, and to hand on what leaves it changed
 _TRAINING_COST = 3  # a forward and a backward, in forwards
 
 
@@ -121,13 +125,19 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     tokens = {split: length_facts(values, longest) for split, values in lengths.items()}
     state = _initial_state(place, config, len(data.labels))
     rows = {split: facts["rows"] for split, facts in data.facts.items()}
-    stages = tuple(_forecasts(recipe, state, rows, tokens["train"]["mean"], longest))
+    stages = tuple(_forecasts(recipe, state, config, rows, tokens["train"]["mean"], longest))
     return Check(data, tokens, state.parameters, stages, data.notes)
 
 
 def check_stages(recipe: Recipe, place: Path) -> None:
     """Whether the model can go through the stages: something to remove, something left, a teacher that is one."""
     config = read_config(place)
+    if family_of(config["model_type"]).kind != "encoder":
+        encoders = ", ".join(sorted(name for name, family in FAMILIES.items() if family.kind == "encoder"))
+        raise ModelError(
+            f"model: {recipe.model} is a {config['model_type']}; recipes classify texts with encoders ({encoders}). From "
+            "Python every method works on it: see docs/decoders.md."
+        )
     for file in weight_files(place):
         read_header(file)  # says which file is broken
     shapes = block_shapes(config)
@@ -136,12 +146,18 @@ def check_stages(recipe: Recipe, place: Path) -> None:
         field, spec = f"stages.{index}.{stage_kind(stage)}", stage_spec(stage)
         if quantized:
             raise ModelError(f"{field}: {place} is quantized already; give the checkpoint from before quantization.")
-        shapes = _shapes_after(spec, shapes, field)
+        shapes = _shapes_after(spec, shapes, field, config)
+        if isinstance(spec, QuantizeSpec) and spec.scheme == "int4" and "onnx" in recipe.export:
+            raise RecipeError(f"{field}.scheme: int4 can't be exported to ONNX. Give int8, or leave export out.")
+        if isinstance(spec, ShortenSpec) and family_of(config["model_type"]).shared:
+            raise RecipeError(f"{field}: the layers of a {config['model_type']} share one block.")
         if isinstance(spec, FinetuneSpec) and spec.distill:
             _check_teacher(recipe, index, spec.distill.teacher, config, f"{field}.distill.teacher")
 
 
-def _shapes_after(spec: object, shapes: tuple[BlockShape, ...], field: str) -> tuple[BlockShape, ...]:
+def _shapes_after(
+    spec: object, shapes: tuple[BlockShape, ...], field: str, config: dict[str, Any]
+) -> tuple[BlockShape, ...]:
     if isinstance(spec, NarrowSpec):
         return _narrowed(spec, shapes, field)
     if isinstance(spec, ShortenSpec):
@@ -150,17 +166,32 @@ def _shapes_after(spec: object, shapes: tuple[BlockShape, ...], field: str) -> t
                 f"{field}.remove: {spec.remove} of {len(shapes)} layers would leave none. Give 1 to {len(shapes) - 1}."
             )
         return shapes[: len(shapes) - spec.remove]
+    if isinstance(spec, QuantizeSpec) and spec.scheme == "int4":
+        _check_groups(spec, shapes, config, field)
     return shapes
 
 
+def _check_groups(spec: QuantizeSpec, shapes: tuple[BlockShape, ...], config: dict[str, Any], field: str) -> None:
+    """Groups must fill the rows of every matrix."""
+    widths = {hidden_size(config)} | {
+        width for shape in shapes for width in (shape.heads * head_size(config), shape.feed_forward)
+    }
+    for width in sorted(widths):
+        if width % spec.group_size:
+            raise RecipeError(
+                f"{field}.group_size: {spec.group_size} does not divide rows of {width} weights. Give a divisor of "
+                f"{', '.join(map(str, sorted(widths)))}."
+            )
+
+
 def _narrowed(spec: NarrowSpec, shapes: tuple[BlockShape, ...], field: str) -> tuple[BlockShape, ...]:
+    budget = max(spec.macs, spec.parameters, spec.latency)  # spent where it costs least: foretold as if evenly
+    heads, neurons = (budget, budget) if budget else (spec.heads, spec.feed_forward)
     narrowed = tuple(
-        BlockShape(
-            units_kept(shape.heads, spec.heads), units_kept(shape.feed_forward, spec.feed_forward, spec.multiple_of)
-        )
+        BlockShape(units_kept(shape.heads, heads), units_kept(shape.feed_forward, neurons, spec.multiple_of))
         for shape in shapes
     )
-    if narrowed == shapes:
+    if narrowed == shapes and not spec.hidden:
         raise RecipeError(
             f"{field}: heads {spec.heads} and feed_forward {spec.feed_forward} remove less than one unit of "
             f"{shapes[0].heads} heads and {shapes[0].feed_forward} neurons. Give larger shares."
@@ -226,12 +257,19 @@ def check_output(recipe: Recipe, place: Path) -> None:
 def _initial_state(place: Path, config: dict[str, Any], labels: int) -> _State:
     """The network with a head for `labels`: every family's is a dense layer (BERT's is its pooler) and a classifier."""
     hidden = hidden_size(config)
-    body = {name: math.prod(shape) for name, shape in _tensors(place).items() if _is_body(name, config["model_type"])}
+    body = {name: math.prod(shape) for name, shape in _tensors(place).items() if _is_body(name)}
     head = hidden * hidden + hidden * labels
     parameters = sum(body.values()) + head + hidden + labels
-    projection = sum(size for name, size in body.items() if name.endswith("embeddings_project.weight"))  # ELECTRA's
+    shapes, family = block_shapes(config), family_of(config["model_type"])
     dimensions = Dimensions(
-        hidden, head_size(config), block_shapes(config), head, projection, is_gated(config), queries_per_key(config)
+        hidden,
+        head_size(config),
+        shapes,
+        head,
+        sum(size for name, size in body.items() if name.endswith(_EVERY_TOKEN)),
+        is_gated(config),
+        queries_per_key(config),
+        int(config[family.stacks[0].layers]) // len(shapes) if family.shared else 1,
     )
     return _State(dimensions, parameters)
 
@@ -240,10 +278,16 @@ def _tensors(place: Path) -> dict[str, tuple[int, ...]]:
     return {name: shape for file in weight_files(place) for name, shape in read_header(file).items()}
 
 
-def _is_body(tensor: str, model_type: str) -> bool:
+_HEADS = frozenset(
+    "cls classifier decoder discriminator_predictions generator_predictions generator_lm_head head lm_head "
+    "lm_predictions mask_predictions pooler pre_classifier predictions qa_outputs vocab_layer_norm vocab_projector "
+    "vocab_transform".split()
+)
+
+
+def _is_body(tensor: str) -> bool:
     """Whether a tensor is of the embeddings or a block; files also hold pretraining heads, and old ones buffers."""
-    in_body = "embeddings" in tensor or any(f"{stack.blocks}." in tensor for stack in family_of(model_type).stacks)
-    return in_body and not tensor.endswith("position_ids")
+    return not _HEADS & set(tensor.split(".")[:2]) and not tensor.endswith("position_ids")
 
 
 def _token_lengths(place: Path, texts: Sequence[str]) -> list[int]:
@@ -262,13 +306,15 @@ def _token_lengths(place: Path, texts: Sequence[str]) -> list[int]:
     return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
 
 
-def _forecasts(recipe: Recipe, state: _State, rows: dict[str, int], length: float, longest: int) -> list[Forecast]:
+def _forecasts(
+    recipe: Recipe, state: _State, config: dict[str, Any], rows: dict[str, int], length: float, longest: int
+) -> list[Forecast]:
     rate = _multiplication_rate() * _EFFICIENCY
     forecasts = []
     for stage in recipe.stages:
         spec = stage_spec(stage)
         flops, memory = _work(spec, state, rows, length, longest)
-        state = state.with_shapes(_shapes_after(spec, state.shapes, stage_kind(stage)))
+        state = state.with_shapes(_shapes_after(spec, state.shapes, stage_kind(stage), config))
         macs = macs_per_token(state.dimensions, length)
         forecasts.append(Forecast(stage_kind(stage), state.parameters, macs, flops / rate, memory, flops))
     return forecasts
@@ -291,7 +337,12 @@ def _work(spec: object, state: _State, rows: dict[str, int], length: float, long
     if isinstance(spec, ShortenSpec):
         passes = sum(len(state.shapes) - count for count in range(spec.remove)) if spec.score == "loss" else 1
         return passes * min(spec.rows, rows["train"]) * forward, memory
-    return (0.0, memory + 8 * state.parameters) if isinstance(spec, QuantizeSpec) else (0.0, memory)
+    if isinstance(spec, SensitivitySpec):
+        return (_TRAINING_COST + _REPLAYS) * min(spec.rows, rows["train"]) * forward, memory
+    measures = isinstance(spec, PruneSpec) and spec.method != "magnitude"
+    if measures or (isinstance(spec, QuantizeSpec) and (spec.method == "gptq" or spec.scheme == "int8_static")):
+        return _REPLAYS * min(spec.rows, rows["train"]) * forward, memory
+    return 0.0, memory
 
 
 def _multiplication_rate() -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from moss_rlhf.finetuning import finetune
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.cost import macs_per_token
-from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten, trim_vocabulary
+from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import (
     FinetuneSpec,
@@ -21,7 +21,6 @@ from moss_rlhf.recipe import (
     QuantizeSpec,
     SensitivitySpec,
     ShortenSpec,
-    TrimVocabularySpec,
 )
 
 METHODS: Mapping[type, Callable[..., dict[str, Any]]] = {
@@ -30,7 +29,6 @@ METHODS: Mapping[type, Callable[..., dict[str, Any]]] = {
     QuantizeSpec: quantize,
     SensitivitySpec: sensitivity,
     ShortenSpec: shorten,
-    TrimVocabularySpec: trim_vocabulary,
 }
 """Each takes (model, training rows, *, the spec's fields, seed, progress) and returns its facts."""
 

@@ -39,25 +39,25 @@ def batches_of(model, rows, at_once):
 
 
 def reference_gradients(model, batches):
-    """By another road: for a mask m = 1 on x, ∂loss/∂m = Σ x · ∂loss/∂x over tokens and features; row by row, float64."""
-    network = model.network.double().eval()
-    found = {part.name: [] for part in parts_of(model.anatomy)}
+    """By another road: for a mask m = 1 on x, ∂loss/∂m = Σ x · ∂loss/∂x over tokens and features; a row at a time."""
+    network, parts = model.network.double().eval(), parts_of(model.anatomy)
+    found = {part.name: [] for part in parts}
     for inputs, labels in batches:
-        entered = {name: [] for name in found}
-        hooks = [
-            part.output.module.register_forward_pre_hook(lambda _, args, name=part.name: entered[name].append(args[0]))
-            for part in parts_of(model.anatomy)
-        ]
+        entered = {part.name: [] for part in parts}
+        hooks = [part.output.module.register_forward_pre_hook(keeper(entered[part.name])) for part in parts]
         loss = TASKS[model.task].loss(network(**inputs).logits, labels, reduction="sum")
         for hook in hooks:
             hook.remove()
-        for part in parts_of(model.anatomy):
-            gradients = torch.autograd.grad(loss, entered[part.name], retain_graph=True)
-            products = [
-                (x * g).reshape(-1, x.shape[-1]).sum(dim=0) for x, g in zip(entered[part.name], gradients, strict=True)
-            ]
+        for part in parts:
+            values = entered[part.name]  # one a use: a shared block has several
+            gradients = torch.autograd.grad(loss, values, retain_graph=True)
+            products = [(x * g).flatten(0, -2).sum(dim=0) for x, g in zip(values, gradients, strict=True)]
             found[part.name].append(sum(products).reshape(part.units, -1).sum(dim=1).detach())
     return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def keeper(values):
+    return lambda _, args: values.append(args[0])
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

@@ -197,7 +197,7 @@ def test_an_unknown_key_at_any_level_comes_with_the_nearest_known_one(fields, wh
          "data.validation: 0 can't be used; it must be greater than 0 or be text or be a mapping of fields."),
         ({"data": {"train": "a", "max_length": "autoo"}},
          "data.max_length: 'autoo' can't be used; it must be 'auto' or be a whole number."),
-        ({"export": ["onyx"]}, "export.0: 'onyx' can't be used; it must be 'onnx', 'ctranslate2' or 'compressed-tensors'."),
+        ({"export": ["onyx"]}, "export.0: 'onyx' can't be used; it must be 'onnx'."),
         ({"evaluate": {"confidence": float("nan")}},
          "evaluate.confidence: nan can't be used; it must be a finite number."),
         ({"seed": 2**32}, "seed: 4294967296 can't be used; it must be less than 4294967296."),

@@ -29,8 +29,8 @@ from moss_rlhf.optimization.block_states import (
     without_cache,
 )
 
-DAMPING = 1e-2
-"""Of the mean square of a feature; the usual share of GPTQ and SparseGPT."""
+DAMPING = 0.1
+"""Of the mean square of a feature. A few thousand tokens overfit with GPTQ's 0.01: see docs/shorten.md."""
 _MOST_ROUNDS = 200  # of conjugate gradients
 
 

@@ -143,13 +143,15 @@ def all_but_highest(score: Tensor, kept: int, of: int) -> Tensor:
     """
     check_fit(score.shape, Pattern(keep=(kept, of)))
     groups = score.reshape(len(score), -1, of)
-    lower = torch.zeros_like(groups, dtype=torch.int8 if of < 128 else torch.int32)  # how many of its group are lower
-    for later in range(1, of):  # a tournament: all groups play at once, five times as fast as sorting each
+    before = torch.empty_like(groups, dtype=torch.int8 if of < 128 else torch.int32)
+    values, ranks = groups.unbind(2), before.unbind(2)
+    for later in range(of):  # a tournament, all groups at once: five times as fast as sorting each
+        ranks[later].fill_(later)
         for earlier in range(later):
-            loses = groups[..., later] < groups[..., earlier]
-            lower[..., earlier] += loses
-            lower[..., later] += loses.logical_not_()
-    return (lower < of - kept).flatten(1)
+            swapped = (values[later] < values[earlier]).view(torch.int8)
+            ranks[earlier].add_(swapped)
+            ranks[later].sub_(swapped)
+    return (before < of - kept).flatten(1)
 
 
 def lowest_blocks(score: Tensor, sparsity: float, block: tuple[int, int]) -> Tensor:

@@ -32,40 +32,43 @@ RIDGE = 1e-3
 
 @dataclass
 class Moments:
-    """Second moments of features x, (f,), and targets t, (out,), summed over tokens.
+    """Second moments, summed over tokens, of features x, (f,), and of what is missing, r = t − W x − b, (out,).
 
-    gram (f, f) Σ x xᵀ;  cross (f, out) Σ x tᵀ;  square Σ ‖t‖²
+    gram (f, f) Σ x xᵀ;  cross (f, out) Σ x rᵀ;  missing Σ ‖r‖²;  scale Σ ‖t‖²
     """
 
     gram: Tensor
     cross: Tensor
-    square: float = 0.0
+    missing: float = 0.0
+    scale: float = 0.0
 
     @classmethod
     def empty(cls, features: int, outputs: int) -> Moments:
         return cls(torch.zeros(features, features), torch.zeros(features, outputs))
 
-    def add(self, features: Tensor, targets: Tensor) -> None:
-        """Count tokens: features (tokens, f), targets (tokens, out)."""
+    def add(self, features: Tensor, missing: Tensor, targets: Tensor) -> None:
+        """Count tokens: features (tokens, f), missing and targets (tokens, out)."""
         self.gram += (features.T @ features).cpu()
-        self.cross += (features.T @ targets).cpu()
-        self.square += float(targets.double().square().sum())
+        self.cross += (features.T @ missing).cpu()
+        self.missing += float(missing.double().square().sum())
+        self.scale += float(targets.double().square().sum())
 
     def __iadd__(self, other: Moments) -> Moments:
         self.gram += other.gram
         self.cross += other.cross
-        self.square += other.square
+        self.missing += other.missing
+        self.scale += other.scale
         return self
 
-    def error(self, weight: Tensor) -> float:
-        """Σ ‖W x − t‖² of a weight, (out, f)."""
-        w = weight.double()
-        inside = (w @ self.gram.double() * w).sum() - 2 * (w.T * self.cross.double()).sum()
-        return max(0.0, float(inside) + self.square)
+    def error(self, change: Tensor) -> float:
+        """Σ ‖r − D x‖² once the weight is changed by D, (out, f)."""
+        by = change.double()
+        inside = (by @ self.gram.double() * by).sum() - 2 * (by.T * self.cross.double()).sum()
+        return max(0.0, float(inside) + self.missing)
 
 
-def refit(moments: Moments, weight: Tensor, ridge: float = RIDGE) -> Tensor:
-    """The weight, (out, f), that solves the ridge least squares above, near the present one, (out, f).
+def refit(moments: Moments, ridge: float = RIDGE) -> Tensor:
+    """The change of the weight, (out, f), that solves the ridge least squares above; float64.
 
     ridge    λ as a share of the mean squared feature, above 0: it holds the solution where texts are few.
     raises   ValueError on a ridge that is not above 0.
@@ -73,11 +76,10 @@ def refit(moments: Moments, weight: Tensor, ridge: float = RIDGE) -> Tensor:
     if ridge <= 0:
         raise ValueError(f"ridge must be above 0, got {ridge}: fewer tokens than features would leave no solution")
     gram = moments.gram.double()
-    damping = ridge * gram.diagonal().mean() + torch.finfo(torch.float64).tiny  # features that are all 0 stay as is
-    missing = moments.cross.double() - gram @ weight.double().T
+    damping = ridge * gram.diagonal().mean() + torch.finfo(torch.float64).tiny  # features may all be 0
     damped = gram + damping * torch.eye(len(gram), dtype=torch.float64)
-    change: Tensor = torch.linalg.solve(damped, missing).T
-    return weight + change.to(weight.dtype)
+    change: Tensor = torch.linalg.solve(damped, moments.cross.double()).T
+    return change
 
 
 # --- in a network --------------------------------------------------------------------------------------------------
@@ -147,24 +149,23 @@ def moments_of(cut: Replay, uncut: Replay, position: int, kind: str) -> Moments:
     for index, batch in enumerate(cut.batches):
         inside = own_tokens(cut.anatomy, block, batch)
         ours, theirs = _run(cut, position, index), _run(uncut, position, index)
-        wanted = theirs.written[kind].reshape(theirs.entered.shape) + theirs.stream(kind) - ours.stream(kind)
-        features = ours.features[kind].reshape(*inside.shape, -1)[inside].float()
+        shape = (*inside.shape, -1)
+        wanted = theirs.written[kind].reshape(shape) + theirs.stream(kind) - ours.stream(kind)
+        missing = wanted - ours.written[kind].reshape(shape)
+        features = ours.features[kind].reshape(shape)[inside].float()
         if output.bias is not None:
             features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
-        moments.add(features, wanted[inside].float())
+        moments.add(features, missing[inside].float(), wanted[inside].float())
     return moments
 
 
 def refit_matrix(output: Matrix, moments: Moments, ridge: float) -> tuple[float, float]:
     """Refit a matrix and its bias in place; its relative squared errors before and after."""
-    bias = output.bias
-    weight = (output.weight if bias is None else torch.cat([output.weight, bias[:, None]], dim=1)).cpu()
-    found = refit(moments, weight, ridge)
-    output.weight.copy_(found[:, : output.in_features])
-    if bias is not None:
-        bias.copy_(found[:, -1])
-    scale = max(moments.square, 1e-300)
-    return moments.error(weight) / scale, moments.error(found) / scale
+    change, scale = refit(moments, ridge), max(moments.scale, 1e-300)
+    output.weight.add_(change[:, : output.in_features].to(output.weight))
+    if output.bias is not None:
+        output.bias.add_(change[:, -1].to(output.bias))
+    return moments.missing / scale, moments.error(change) / scale
 
 
 def repair_outputs(

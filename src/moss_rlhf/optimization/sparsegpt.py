@@ -151,7 +151,8 @@ class _Walk:
         self.sparsity, self.pattern, self.rounding = sparsity, pattern, rounding
         self.lost = weight.float().T.clone(memory_format=torch.contiguous_format)  # W − Ŵ, once a column is done
         self.result = self.lost.clone()  # W + Σ (W − Ŵ) U, and once a column is done Ŵ
-        self.mask = torch.zeros_like(self.lost, dtype=torch.bool)
+        self.mask = self.lost == 0
+        self.had_zeros = bool(self.mask.any())
         together = pattern.keep[1] if pattern.keep else pattern.block[1] if pattern.block else 1
         self.block, panel = (max(1, size // together) * together for size in (BLOCK, PANEL))
         self.chosen = together if pattern.keep else self.block  # columns whose mask is chosen at once
@@ -176,7 +177,7 @@ class _Walk:
         """Find the grid of a block's groups where they fill it, and the mask of columns that share one."""
         rounding = self.rounding
         if rounding is not None and width == self.block and rounding.grid.group_size and not width % rounding.group:
-            rounding.fit(self._expected(here).masked_fill_(self.lost[here] == 0, 0), here.start)
+            rounding.fit(self._expected(here), here.start)
         if width == self.chosen:
             self._choose(here)
 
@@ -192,11 +193,10 @@ class _Walk:
 
     def _choose(self, here: slice) -> None:
         """Mark the weights of the columns `here` whose removal costs least."""
-        zeros = self.lost[here] == 0
-        cost = self._expected(here).square_().mul_(self.pivots[here, None]).masked_fill_(zeros, 0)
+        cost = self._expected(here).square_().mul_(self.pivots[here, None])
         if self.rounding is not None and self.rounding.held is not None:
             cost.masked_fill_(self.rounding.held[here] != 0, torch.inf)
-        torch.logical_or(self._lowest(cost, here), zeros, out=self.mask[here])
+        self.mask[here].logical_or_(self._lowest(cost, here))
 
     def _lowest(self, cost: Tensor, here: slice) -> Tensor:
         if self.pattern.keep is not None:
@@ -206,14 +206,15 @@ class _Walk:
         return lowest_of_all([cost], self._removed(here))[0]
 
     def _expected(self, here: slice) -> Tensor:
-        """The columns `here` as they would all become if none of them were removed: W + Δ, where Δ + Δ Ů = C.
+        """The columns `here` as they would all become if no more of them were removed: W + Δ, where Δ + Δ Ů = C.
 
         C is what the columns before have added; Ů, the part of U above its diagonal, hands on what moved each column.
         """
         added = self.result[here] - self.lost[here]
         handing_on = self.upper[here, here].T
         moved: Tensor = torch.linalg.solve_triangular(handing_on, added, upper=False, unitriangular=True)
-        return moved.add_(self.lost[here])
+        moved.add_(self.lost[here])
+        return moved.masked_fill_(self.mask[here], 0) if self.had_zeros else moved
 
     def _removed(self, here: slice) -> int:
         """How many weights, or blocks of them, go here: the share of all columns up to them comes out rounded down."""

@@ -114,7 +114,7 @@ def mask_gradients(model: Model, batches: Sequence[Batch], progress: Progress) -
     found: dict[str, list[Tensor]] = {part.name: [] for part in parts}
     model.network.eval()
     for inputs, labels in progress.track(batches, "scoring units"):
-        with masked(parts, len(labels), labels.device) as masks:
+        with torch.enable_grad(), masked(parts, len(labels), labels.device) as masks:
             loss = task.loss(model.network(**inputs).logits, labels, reduction="sum")
             gradients = torch.autograd.grad(loss, masks)
         for part, gradient in zip(parts, gradients, strict=True):

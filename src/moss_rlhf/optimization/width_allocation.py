@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_BUCKETS = 8192  # the budget is counted in this many steps, each cost rounded up: it is never overrun
+_BUCKETS = 8192  # the budget is counted in this many steps
 _CANDIDATES = 64  # units on either side of a swap
 
 
@@ -35,7 +35,8 @@ def cheapest_widths(
     """One option for each part so that the losses' sum is least and the costs' sum within `budget`.
 
     The search of Kwon et al. 2022 (arXiv:2204.09656, §4.1, algorithm 1) takes heads and neurons of one cost each; this
-    is the exact multiple-choice knapsack, by dynamic programming, for any cost of any width, measured times included.
+    is the multiple-choice knapsack by dynamic programming, for any cost of any width, measured times included. Costs
+    are rounded to 1/8192 of the budget, which is never overrun.
 
     losses, costs   (options,) a part, costs ≥ 0.
     returns         the index of each part's option.
@@ -47,10 +48,15 @@ def cheapest_widths(
     step = max((budget - sum(floor)) / _BUCKETS, 1e-300)
     best, chosen = np.zeros(_BUCKETS + 1), []
     for loss, cost, least in zip(losses, costs, floor, strict=True):
-        steps = np.ceil((cost - least) / step - 1e-9)
+        steps = np.rint((cost - least) / step)
         best, option = _one_more(best, loss, steps)
         chosen.append((option, steps))
-    return _trace(chosen, int(best.argmin()))
+    found = (_trace(chosen, limit) for limit in range(_BUCKETS, -1, -1))
+    return next(picks for picks in found if _total(costs, picks) <= budget * (1 + 1e-12))  # rounding may overrun
+
+
+def _total(costs: Sequence[NDArray[np.float64]], picks: Sequence[int]) -> float:
+    return sum(float(cost[pick]) for cost, pick in zip(costs, picks, strict=True))
 
 
 def _one_more(

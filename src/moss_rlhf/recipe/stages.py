@@ -25,22 +25,6 @@ class DistillSpec(Spec):
     weight: float = Field(0.7, gt=0, le=1, description="share of the teacher's loss; the rest is the labels'")
 
 
-class MovementSpec(Spec):
-    """Prune while training: weights that move towards zero go (soft movement pruning)."""
-
-    sparsity: Share = Field(description="share of the blocks' weights that are zero in the end")
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps before pruning sets in")
-    cooldown: float = Field(0.3, ge=0, lt=1, description="share of the steps in which the mask stays as it is")
-    learning_rate: float = Field(1e-2, gt=0, description="of the scores")
-
-
-class QuantizationAwareSpec(Spec):
-    """Train with weights rounded to the grid on every forward pass (straight-through estimator)."""
-
-    scheme: Literal["int8", "int4"] = "int8"
-    group_size: Positive = Field(128, description="int4: weights of a row that share a scale")
-
-
 class FinetuneSpec(Spec):
     """Train on the task's labels; the best checkpoint on validation is kept."""
 
@@ -60,8 +44,6 @@ class FinetuneSpec(Spec):
         "auto", description="auto: bfloat16 autocast where the processor has it in hardware"
     )
     distill: DistillSpec | None = None
-    movement: MovementSpec | None = None
-    quantization_aware: QuantizationAwareSpec | None = None
 
 
 class NarrowSpec(Spec):
@@ -140,13 +122,6 @@ class PruneSpec(Spec):
         return self
 
 
-class TrimVocabularySpec(Spec):
-    """Keep only the tokens that the training texts and the special tokens need."""
-
-    minimum_count: Positive = Field(1, description="tokens seen fewer times go")
-    keep: list[str] = Field(default_factory=list, description="further texts that must encode as before")
-
-
 class QuantizeSpec(Spec):
     """Put the weights on an integer grid, which the export realises exactly."""
 
@@ -182,10 +157,6 @@ class PruneStage(Spec):
     prune: PruneSpec
 
 
-class TrimVocabularyStage(Spec):
-    trim_vocabulary: TrimVocabularySpec
-
-
 class QuantizeStage(Spec):
     quantize: QuantizeSpec
 
@@ -199,7 +170,6 @@ STAGE_KINDS: Mapping[str, type[Spec]] = {
     "narrow": NarrowStage,
     "shorten": ShortenStage,
     "prune": PruneStage,
-    "trim_vocabulary": TrimVocabularyStage,
     "quantize": QuantizeStage,
     "sensitivity": SensitivityStage,
 }
@@ -228,7 +198,6 @@ Stage = Annotated[
     | Annotated[NarrowStage, Tag("narrow")]
     | Annotated[ShortenStage, Tag("shorten")]
     | Annotated[PruneStage, Tag("prune")]
-    | Annotated[TrimVocabularyStage, Tag("trim_vocabulary")]
     | Annotated[QuantizeStage, Tag("quantize")]
     | Annotated[SensitivityStage, Tag("sensitivity")],
     Discriminator(_tag),
