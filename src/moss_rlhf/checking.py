@@ -135,8 +135,8 @@ def check_stages(recipe: Recipe, place: Path) -> None:
     if family_of(config["model_type"]).kind != "encoder":
         encoders = ", ".join(sorted(name for name, family in FAMILIES.items() if family.kind == "encoder"))
         raise ModelError(
-            f"model: {recipe.model} is a {config['model_type']}; recipes classify texts with encoders ({encoders}). From "
-            "Python every method works on it: see docs/decoders.md."
+            f"model: {recipe.model} is a {config['model_type']}; recipes classify texts with encoders ({encoders}). "
+            "From Python every method works on it: see docs/decoders.md."
         )
     for file in weight_files(place):
         read_header(file)  # says which file is broken
@@ -279,10 +279,12 @@ def _tensors(place: Path) -> dict[str, tuple[int, ...]]:
 
 
 _HEADS = frozenset(
-    "cls classifier decoder discriminator_predictions generator_predictions generator_lm_head head lm_head "
-    "lm_predictions mask_predictions pooler pre_classifier predictions qa_outputs vocab_layer_norm vocab_projector "
-    "vocab_transform".split()
-)
+    {
+        *("cls", "classifier", "decoder", "head", "pooler", "pre_classifier", "predictions", "qa_outputs"),
+        *("discriminator_predictions", "generator_predictions", "mask_predictions", "lm_predictions"),
+        *("generator_lm_head", "lm_head", "vocab_layer_norm", "vocab_projector", "vocab_transform"),
+    }
+)  # first or second part of a tensor's name
 
 
 def _is_body(tensor: str) -> bool:
@@ -339,8 +341,10 @@ def _work(spec: object, state: _State, rows: dict[str, int], length: float, long
         return passes * min(spec.rows, rows["train"]) * forward, memory
     if isinstance(spec, SensitivitySpec):
         return (_TRAINING_COST + _REPLAYS) * min(spec.rows, rows["train"]) * forward, memory
-    measures = isinstance(spec, PruneSpec) and spec.method != "magnitude"
-    if measures or (isinstance(spec, QuantizeSpec) and (spec.method == "gptq" or spec.scheme == "int8_static")):
+    measures = (isinstance(spec, PruneSpec) and spec.method != "magnitude") or (
+        isinstance(spec, QuantizeSpec) and (spec.method == "gptq" or spec.scheme == "int8_static")
+    )
+    if measures and isinstance(spec, PruneSpec | QuantizeSpec):
         return _REPLAYS * min(spec.rows, rows["train"]) * forward, memory
     return 0.0, memory
 

@@ -4,18 +4,22 @@ import torch
 from moss_rlhf import quantize
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import FAMILIES
-from moss_rlhf.model.grid import quantized_weights, round_to_int8
+from moss_rlhf.model.grid import quantized_tables, quantized_weights, round_to_grid
+from moss_rlhf.model.quantization import Quantization
+from moss_rlhf.optimization.quantize import grid_of
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_blocks_and_tables_lie_on_the_grid_and_the_rest_is_untouched(tiny_model, family):
     model, whole = tiny_model(family), tiny_model(family)
     facts = quantize(model)
-    chosen, old = quantized_weights(model.network), dict(whole.network.named_parameters())
-    for name, parameter in model.network.named_parameters():
-        expected = round_to_int8(old[name].detach()) if name in chosen else old[name]
-        assert torch.equal(parameter, expected), name
-    assert model.quantization == "int8"
+    chosen, grid = quantized_weights(model.network), grid_of(model, "int8")
+    old = {matrix.name: matrix.weight for matrix in (*whole.anatomy.matrices, *quantized_tables(whole.network))}
+    for matrix in (*model.anatomy.matrices, *quantized_tables(model.network)):
+        assert torch.equal(matrix.weight, round_to_grid(old[matrix.name], grid)), matrix.name
+    for (name, parameter), before in zip(model.network.named_parameters(), whole.network.parameters(), strict=True):
+        assert name in chosen or torch.equal(parameter, before), name
+    assert model.quantization == Quantization("int8")
     assert facts["matrices"] == len(chosen)
 
 
@@ -44,7 +48,7 @@ def test_once_is_enough(tiny_model):
 def test_what_is_not_finite_is_named_and_nothing_is_changed(tiny_model, value):
     model = tiny_model()
     with torch.no_grad():
-        model.anatomy.blocks[1].key.weight[3, 3] = value
+        model.anatomy.blocks[1].attention.producers[1].weight[3, 3] = value
     before = [parameter.clone() for parameter in model.network.parameters()]
     with pytest.raises(ModelError, match=r"layer\.1\.attention\.self\.key\.weight: weight is not finite"):
         quantize(model)

@@ -51,8 +51,8 @@ def _refuse(model: Model) -> None:
     heads = {part.heads for block in model.anatomy.blocks for part in block.attentions}
     if len(heads) > 1:
         raise ModelError(
-            f"export: CTranslate2 holds one number of heads for all layers, and the blocks have {sorted(heads)}. Narrow "
-            "by the same share of heads everywhere."
+            f"export: CTranslate2 holds one number of heads for all layers, and the blocks have {sorted(heads)}. "
+            "Narrow by the same share of heads everywhere."
         )
 
 
@@ -70,7 +70,7 @@ def _convert(model: Model, place: Path) -> None:
 
     network = _as_expected(copy.deepcopy(model.network), model)
 
-    class Converter(TransformersConverter):  # type: ignore[misc]
+    class Converter(TransformersConverter):
         def load_model(self, *_: Any, **__: Any) -> Any:
             return network
 
@@ -80,7 +80,7 @@ def _convert(model: Model, place: Path) -> None:
     network.config.save_pretrained(place)  # the converter chooses its loader by it
     converter = Converter(str(place))
     try:
-        spec = converter._load()  # noqa: SLF001  # its `convert` would not let us set the head size
+        spec = converter._load()  # its `convert` would not let us set the head size
         _set_head_size(spec, model)
         spec.validate()
         spec.optimize(quantization="int8" if model.quantization else None)

@@ -104,7 +104,7 @@ def calibrate(
     cache_bytes: int = CACHE_BYTES,
     title: str = "calibrating",
 ) -> Iterator[Visit]:
-    """Visit the blocks in order, each after the blocks before it were changed; the caller changes it in the loop's body.
+    """Visit the blocks in order, each after those before it were changed; the caller changes it in the loop's body.
 
     model         with `.network`; where it has `.weights`, each block's are loaded for its visit and written back.
     batches       (inputs, labels), padded on the right.
@@ -183,7 +183,7 @@ class Replay:
         return self._forward(len(self.blocks), batch)
 
     def _forward(self, done: int, batch: int) -> Any:
-        answers = {name: states[batch] for name, states in self.states.items()}
+        answers: dict[str, Any] = {str(name): states[batch] for name, states in self.states.items()}
         inputs, _ = self.batches[batch]
         with _standing_in(self.anatomy.blocks, done, answers):
             return self.network(**inputs)
@@ -237,7 +237,7 @@ def first(output: Any) -> Tensor:
 _IGNORED = -100  # labels of padding
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818  # no error
     """A block was about to run."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -284,7 +284,7 @@ def _without_cache(network: Any) -> Iterator[None]:
 
 
 class _States:
-    """One output of a block a batch; in memory up to a bound, beyond it on disk. Outputs are tensors or tuples of them."""
+    """One output of a block a batch, a tensor or a tuple; in memory up to a bound, beyond it on disk."""
 
     def __init__(self, batches: int, cache_bytes: int) -> None:
         self._kept: list[Any] = [None] * batches
@@ -360,7 +360,7 @@ def _attention_sources(
 
 
 def _empty_statistics(block: Block, grams: bool) -> dict[str, InputStatistics]:
-    statistics = {}
+    statistics: dict[str, InputStatistics] = {}
     for matrices, _ in _sources(block):
         shared = InputStatistics(matrices[0].in_features, grams)
         statistics |= {matrix.name: shared for matrix in matrices}

@@ -110,10 +110,10 @@ def _refuse_misfits(model: Model, pattern: Pattern, share: float) -> None:
                 "divide every matrix's."
             )
         if not matrix.weight.isfinite().all():
-            raise ModelError(f"prune: {matrix.name} holds inf or nan. Give an unbroken checkpoint.")
+            raise ModelError(f"prune: {matrix.name}: weight is not finite: the checkpoint holds inf or nan.")
         if int(out * width * share / (rows * columns) + 1e-9) == 0:
             raise ModelError(
-                f"prune: sparsity {share} is less than one of {matrix.name}'s {out * width} weights. Give a larger share."
+                f"prune: sparsity {share} is less than one of {matrix.name}'s {out * width} weights. Give a larger one."
             )
 
 
@@ -183,8 +183,8 @@ def _global_masks(model: Model, share: float) -> dict[str, Tensor]:
     masks = global_magnitude_masks([matrix.weight for matrix in matrices], share)
     if any(mask.all() for mask in masks):
         raise ModelError(
-            f"prune: a global threshold for sparsity {share} would empty a whole matrix. Give a smaller share, or scope "
-            "layer."
+            f"prune: a global threshold for sparsity {share} would empty a whole matrix. Give a smaller share, or "
+            "scope layer."
         )
     return {matrix.name: mask for matrix, mask in zip(matrices, masks, strict=True)}
 

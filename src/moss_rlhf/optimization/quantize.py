@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from moss_rlhf.errors import ModelError
@@ -76,10 +75,10 @@ def quantize(
                 solver.write(matrix, round_to_grid(matrix.weight, grid))
     if scheme != "int4":
         for table in quantized_tables(model.network):
-            table.weight.copy_(round_to_grid(table.weight, grid))
+            solver.write(table, round_to_grid(table.weight, grid))
     ranges = solver.ranges if scheme == "int8_static" else {}
     model.quantization = Quantization(scheme, group_size if scheme == "int4" else None, ranges)
-    return _facts(model, solver.errors, scheme, method) | notes
+    return _facts(solver.errors, scheme, method) | notes
 
 
 def grid_of(model: Model, scheme: str, group_size: int = 128) -> Grid:
@@ -177,18 +176,17 @@ def _refuse_misfits(model: Model, grid: Grid) -> None:
     for name, parameter in model.network.named_parameters():
         if not parameter.detach().isfinite().all():
             raise ModelError(
-                f"quantize: {name}: weight is not finite: the checkpoint holds inf or nan. Fine-tune again with a lower "
-                "learning rate, or fetch the checkpoint again."
+                f"quantize: {name}: weight is not finite: the checkpoint holds inf or nan. Fine-tune again with a "
+                "lower learning rate, or fetch the checkpoint again."
             )
 
 
-def _facts(model: Model, errors: Mapping[str, float], scheme: str, method: str) -> dict[str, object]:
+def _facts(errors: Mapping[str, float], scheme: str, method: str) -> dict[str, object]:
     worst = sorted(errors, key=lambda name: -errors[name])[:3]
-    tables = 0 if scheme == "int4" else len(quantized_tables(model.network))
     return {
         "scheme": _SCHEMES[scheme],
         "method": method,
-        "matrices": len(errors) + tables,
+        "matrices": len(errors),
         "relative_error": sum(errors.values()) / len(errors),
         "worst": {name: errors[name] for name in worst},
         "faster_here": _verdict(scheme, fast_int8(processor_flags())),

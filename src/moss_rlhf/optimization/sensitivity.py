@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -69,8 +70,8 @@ def sensitivity(
     """Score every block and matrix; keeps the result as `model.sensitivity`, which is saved with the checkpoint.
 
     train    rows with labels; `rows` of them, drawn by `seed`, are measured on.
-    returns  facts: the blocks from the most to the least sensitive, and the whole table:
-             {"blocks": {name: {"drop", "prune", "bits", "heads", "feed_forward"}}, "matrices": {name: {"prune", "bits"}}}.
+    returns  facts: the blocks from the most to the least sensitive, and the whole table: {"matrices": {name: {"prune",
+             "bits"}}, "blocks": {name: {"drop", "prune", "bits", "heads", "feed_forward"}}}.
     raises   ModelError on a quantized model, inf or nan; DataError on no rows. The network is not changed.
     """
     if model.quantization:
@@ -79,9 +80,10 @@ def sensitivity(
     batches = list(labelled_batches(model, calibration_rows(encoded(model, train), rows, seed)))
     gradients, units = _gradients(model, batches, progress)
     matrices, drops = _forward_scores(model, batches, gradients, progress)
-    table = {"rows": rows, "seed": seed, "matrices": matrices, "blocks": _by_block(model, matrices, drops, units)}
+    blocks = _by_block(model, matrices, drops, units)
+    table = {"rows": rows, "seed": seed, "matrices": matrices, "blocks": blocks}
     model.sensitivity = table
-    ranked = sorted(table["blocks"], key=lambda name: -table["blocks"][name]["prune"]["0.5"])  # type: ignore[index]
+    ranked = sorted(blocks, key=lambda name: -float(blocks[name]["prune"]["0.5"]))
     return {
         "most_sensitive_first": ranked,
         "table": table,
@@ -132,7 +134,8 @@ def _unit_fisher(block: Block, part: str, value: Tensor, gradient: Tensor, rows:
     """½ Σ_rows (Σ_{tokens, features of the unit} x · ∂loss/∂x)²: the mask's gradient is that of x · mask at mask = 1."""
     features = _unit_matrices(block)[part][1]
     products = (value * gradient).double().reshape(rows, -1, value.shape[-1]).sum(dim=1)
-    return 0.5 * products.unflatten(1, (-1, features)).sum(dim=2).square().sum(dim=0).cpu()
+    scores: Tensor = 0.5 * products.reshape(rows, -1, features).sum(dim=2).square().sum(dim=0).cpu()
+    return scores
 
 
 Watched = tuple[list[tuple[Matrix, Tensor]], list[tuple[tuple[Block, str], Tensor]]]
@@ -231,7 +234,7 @@ def _hull_steps(index: int, curve: Mapping[str, float], weights: int) -> list[tu
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
             hull.pop()
         hull.append(point)
-    return [(_slope(low, high) / weights, index, low[0], high[0]) for low, high in zip(hull, hull[1:], strict=False)]
+    return [(_slope(low, high) / weights, index, low[0], high[0]) for low, high in pairwise(hull)]
 
 
 def _slope(low: tuple[float, float], high: tuple[float, float]) -> float:
