@@ -1,4 +1,4 @@
-"""Peak memory of pruning and quantizing a checkpoint that stays on disk: a Llama of random weights, 1.1 billion of them.
+"""Peak memory of pruning and quantizing a checkpoint that stays on disk: a Llama of 1.1 billion random weights.
 
     python benchmarks/memory.py --work <folder with 10 GB free> [--layers 22]
 

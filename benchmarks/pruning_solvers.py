@@ -15,8 +15,9 @@ import torch
 from common import keep, table
 from torch import Tensor
 
+from moss_rlhf.model.grid import INT8, Grid, integer_grid, round_to_grid
 from moss_rlhf.model.runtime import usable_cores
-from moss_rlhf.optimization.gptq import output_error
+from moss_rlhf.optimization.gptq import output_error, round_by_gptq
 from moss_rlhf.optimization.magnitude import magnitude_mask
 from moss_rlhf.optimization.patterns import Pattern, all_but_highest
 from moss_rlhf.optimization.sparsegpt import prune_by_sparsegpt, sparsegpt
@@ -26,6 +27,12 @@ SHAPES = ((1024, 1024), (4096, 1024), (1024, 2048))
 SEEDS = range(3)
 SPARSITY = 0.5
 KEEP = (2, 4)
+GRIDS = {
+    "4 bits, groups of 128, symmetric": integer_grid(4, 128),
+    "4 bits, groups of 32, asymmetric": integer_grid(4, 32, symmetric=False),
+    "3 bits, a scale a row, asymmetric": integer_grid(3, symmetric=False),
+    "8 bits, a scale a row, symmetric": INT8,
+}
 
 
 def layer(out_features: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -154,6 +161,25 @@ def sparsegpt_rows(name: str, layers: list[tuple[Tensor, Tensor]], groups: tuple
     ]
 
 
+def joint_rows(name: str, grid: Grid, layers: list[tuple[Tensor, Tensor]]) -> list[tuple]:
+    """Half pruned and rounded; output errors as multiples of pruning's alone."""
+    errors = []
+    for weight, hessian in layers:
+        alone = sparsegpt(weight, hessian, SPARSITY)
+        found = prune_by_sparsegpt(weight, hessian, SPARSITY, grid=grid)
+        mask = prune_by_sparsegpt(weight, hessian, SPARSITY).mask
+        gptq = round_by_gptq(weight, hessian, grid, keep_largest=grid.symmetric, pruned=mask)
+        unit = output_error(weight - alone, hessian)
+        rounded = (found.weight, gptq.weight, round_to_grid(alone, grid))
+        errors.append([output_error(weight - new, hessian) / unit for new in rounded])
+    titles = ("in the same pass", "SparseGPT's mask, then GPTQ", "SparseGPT, then rounded to nearest")
+    columns = zip(*errors, strict=True)
+    return [
+        (f"96×768, 50 %, {name}: {title}, output error ÷ pruning's alone", spread(list(column)), "")
+        for title, column in zip(titles, columns, strict=True)
+    ]
+
+
 def main() -> None:
     torch.set_num_threads(usable_cores())
     warm = layer(64, 256, 0)
@@ -165,6 +191,9 @@ def main() -> None:
         for label, groups in (("50 %", None), ("2:4", KEEP)):
             name = f"{out_features}×{width}, {label}"
             rows += wanda_rows(name, layers, groups) + sparsegpt_rows(name, layers, groups)
+    small = [layer(96, 768, seed) for seed in SEEDS]
+    for name, grid in GRIDS.items():
+        rows += joint_rows(name, grid, small)
     title = f"Pruning solvers against the published algorithms, float32, threads: {torch.get_num_threads()}, 3 seeds"
     keep("pruning_solvers", table(title, rows))
 

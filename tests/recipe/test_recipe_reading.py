@@ -175,6 +175,9 @@ def test_an_unknown_key_at_any_level_comes_with_the_nearest_known_one(fields, wh
     assert "\n" not in str(caught.value)
 
 
+_PRUNE_SHARE = "stages.0.prune: give sparsity, such as 0.5, or a pattern N:M, which says it by itself."
+
+
 @pytest.mark.parametrize(
     ("fields", "line"),
     [
@@ -182,7 +185,7 @@ def test_an_unknown_key_at_any_level_comes_with_the_nearest_known_one(fields, wh
          "stages.0.narrow.heads: 1.0 can't be used; it must be less than 1."),
         ({"stages": [{"narrow": {}}]},
          "stages.0.narrow: removes nothing; give heads or feed_forward a share above 0."),
-        ({"stages": [{"prune": {}}]}, "stages.0.prune: give sparsity, such as 0.5, or a pattern N:M, which says it by itself."),
+        ({"stages": [{"prune": {}}]}, _PRUNE_SHARE),
         ({"stages": []}, "stages: [] can't be used; it must have at least 1 item."),
         ({"stages": [{"finetune": {}, "quantize": {}}]},
          "stages.0: a stage is one kind with its fields, such as finetune: {epochs: 3}."),

@@ -131,7 +131,7 @@ def _unit_matrices(block: Block) -> dict[str, tuple[Matrix, int]]:
 
 
 def _unit_fisher(block: Block, part: str, value: Tensor, gradient: Tensor, rows: int) -> Tensor:
-    """½ Σ_rows (Σ_{tokens, features of the unit} x · ∂loss/∂x)²: the mask's gradient is that of x · mask at mask = 1."""
+    """½ Σ_rows (Σ_{tokens, features of the unit} x · ∂loss/∂x)²: the gradient of the unit's mask, squared."""
     features = _unit_matrices(block)[part][1]
     products = (value * gradient).double().reshape(rows, -1, value.shape[-1]).sum(dim=1)
     scores: Tensor = 0.5 * products.reshape(rows, -1, features).sum(dim=2).square().sum(dim=0).cpu()

@@ -23,8 +23,8 @@ def load(
     path     a directory or a hub id.
     labels   names in class-id order, to start from a pretrained model whose head is yet to be trained.
     task     its name; text classification unless the checkpoint or this says otherwise.
-    offload  leave the weights on disk, so that a checkpoint larger than memory can be pruned and quantized, a block at a
-             time, and saved. Its head must be a trained one.
+    offload  leave the weights on disk, so that a checkpoint larger than memory can be pruned, quantized and saved, a
+             block at a time. Its head must be a trained one.
     raises   ModelError where it is missing or broken.
     """
     place = locate(str(path))
