@@ -54,7 +54,13 @@ def test_zeros_survive_gptq(family, tiny_model, rows_of):
         assert bool((matrix.weight[zero] == 0).all())
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "albert", "deberta-v2", "modernbert"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "deberta-v2",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "distilbert", "albert", "modernbert")),
+    ],
+)
 @pytest.mark.parametrize("options", [{"scheme": "int8"}, {"scheme": "int8_static"}], ids=["dynamic", "static"])
 def test_onnx_holds_what_was_quantized(family, options, tiny_model, rows_of, tmp_path):
     model = tiny_model(family)

@@ -224,7 +224,7 @@ def test_what_narrowing_refuses_leaves_the_model_as_it_was(tiny_model, rows, opt
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("score", ["fisher", "activation"])
+@pytest.mark.parametrize("score", ["fisher", "activation", "magnitude"])
 def test_weights_and_activations_that_are_not_finite_are_refused(tiny_model, rows, score):
     model = tiny_model()
     name, parameter = next(iter(model.network.named_parameters()))

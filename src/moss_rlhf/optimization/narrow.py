@@ -25,7 +25,17 @@ from moss_rlhf.model.replay import Batch
 from moss_rlhf.model.surgery import keep_hidden
 from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches
 from moss_rlhf.optimization.repair import repair_outputs
-from moss_rlhf.optimization.unit_scores import KINDS, SCORES, Kind, Part, Score, groups_of, hidden_scores, unit_scores
+from moss_rlhf.optimization.unit_scores import (
+    KINDS,
+    SCORES,
+    Kind,
+    Part,
+    Score,
+    activation_scores,
+    groups_of,
+    hidden_scores,
+    unit_scores,
+)
 from moss_rlhf.optimization.width_allocation import keep_highest, rearrange
 from moss_rlhf.optimization.width_plan import BUDGETS, Plan, budgeted_plan, uniform_plan
 from moss_rlhf.progress import Progress
@@ -119,6 +129,8 @@ def _narrow_units(
     """Score the units as the network is, cut a part of the way, repair; and again."""
     record = _Record()
     uncut = copy.deepcopy(model.network) if repair else None
+    if repair and score == "magnitude":
+        activation_scores(model, batches, progress)  # the only score that would not see activations that overflow
     for step in range(1, steps + 1):
         scores, gradients = unit_scores(model, batches, score, progress)
         groups = groups_of(model.anatomy)
