@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from common import keep, table
@@ -18,12 +19,13 @@ from moss_rlhf.model.grid import INT8, Grid, integer_grid, round_to_grid
 from moss_rlhf.optimization.awq import awq_scales
 from moss_rlhf.optimization.gptq import output_error, round_by_gptq
 
-SHAPES = ((1024, 1024), (3072, 768), (768, 3072))  # out, in
+SHAPES = ((1024, 1024), (2048, 512), (512, 2048))  # out, in
 SEEDS = range(3)
 ROUNDS = 3
 SCHEMES = {"int4-g128": (4, 128), "int8, a scale a row": (8, None)}
 
 
+@cache
 def layer(out_features: int, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Weight (out, in), gram (in, in), mean |x| (in,)."""
     generator = torch.Generator().manual_seed(seed)
