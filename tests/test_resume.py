@@ -96,7 +96,7 @@ POINTS = [
     "saved, not marked",  # of finetune
     "half a checkpoint",  # of prune
     ["scoring units", 1],
-    ["dropping layers", 2],
+    ["shortening: drop", 2],
     ["fine-tuning", 3],
     "half a checkpoint",  # of quantize
     "measuring",

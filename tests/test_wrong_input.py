@@ -242,7 +242,10 @@ MODELS = {
     "no model type": (lambda place: (place / "config.json").write_text("{}"), r"names no model_type"),
     "pickle only": (_pickle_only, r"its weights are pickled, which can run code .*convert them once"),
     "no weights": (lambda place: (place / "model.safetensors").unlink(), r"holds no safetensors file: give a folder"),
-    "unknown family": (lambda place: _edit_config(place, model_type="gpt5"), r"'gpt5' is not known .*bert, distilbert"),
+    "unknown family": (
+        lambda place: _edit_config(place, model_type="gpt5"),
+        r"'gpt5' is not known .*albert, bart, bert",
+    ),
     "truncated": (_truncate, r"model\.safetensors is broken .*Fetch or save"),
     "empty file": (lambda place: (place / "model.safetensors").write_bytes(b""), r"model\.safetensors is broken"),
     "broken tokenizer": (lambda place: (place / "tokenizer.json").write_text("{}"), r"tokenizer\.json is broken"),

@@ -47,7 +47,7 @@ def test_a_table_answers_codes_times_scales_exactly():
     nodes = [helper.make_node("Gather", ["table", "ids"], ["rows"])]
     inputs = [("ids", TensorProto.INT64, ["batch", "length"])]
     proto = _graph(nodes, {"table": TABLE}, inputs, [("rows", ["batch", "length", 2])])
-    quantize_graph(proto, {"table": "Gather"})
+    quantize_graph(proto, {"table": "Gather"}, {})
     assert set(_values(proto)) == {"table_codes", "table_scale"}
     assert _values(proto)["table_codes"].dtype == np.int8
     (rows,) = _run(proto, ids=np.array([[1, 2, 0]]))
@@ -60,7 +60,7 @@ def test_a_product_is_the_integer_product_times_both_scales():
     proto = _graph(
         nodes, {"weight": WEIGHT}, [("x", TensorProto.FLOAT, ["batch", "length", 3])], [("y", ["batch", "length", 3])]
     )
-    quantize_graph(proto, {"weight": "MatMul"})
+    quantize_graph(proto, {"weight": "MatMul"}, {})
     assert [node.op_type for node in proto.graph.node] == [
         "DynamicQuantizeLinear",
         "MatMulInteger",
@@ -87,7 +87,7 @@ def test_random_products_are_near_those_in_float(shape):
     proto = _graph(nodes, {"q": weight, "k": 2 * weight + 1}, inputs, outputs)
     x = generator.standard_normal(shape, dtype=np.float32)
     (expected,) = _run(proto, x=x)
-    quantize_graph(proto, {"q": "MatMul", "k": "MatMul"})
+    quantize_graph(proto, {"q": "MatMul", "k": "MatMul"}, {})
     assert [node.op_type for node in proto.graph.node].count("DynamicQuantizeLinear") == 1  # one for both readers of x
     (answered,) = _run(proto, x=x)
     assert 0 < np.linalg.norm(answered - expected) / np.linalg.norm(expected) < 0.02
@@ -97,6 +97,6 @@ def test_what_is_not_named_stays_as_it_is():
     nodes = [helper.make_node("MatMul", ["x", "weight"], ["a"]), helper.make_node("MatMul", ["a", "head"], ["y"])]
     initializers = {"weight": WEIGHT, "head": WEIGHT.T.copy()}
     proto = _graph(nodes, initializers, [("x", TensorProto.FLOAT, [2, 3])], [("y", [2, 3])])
-    quantize_graph(proto, {"weight": "MatMul"})
+    quantize_graph(proto, {"weight": "MatMul"}, {})
     assert (_values(proto)["head"] == WEIGHT.T).all()
     assert [node.op_type for node in proto.graph.node].count("MatMul") == 1

@@ -11,6 +11,7 @@ import torch
 from onnx import numpy_helper
 
 from moss_rlhf.errors import MossError
+from moss_rlhf.exporting import export
 from moss_rlhf.exporting import onnx as exporting
 from moss_rlhf.model.grid import quantized_weights
 from moss_rlhf.optimization import quantize
@@ -105,8 +106,8 @@ def test_a_weight_that_is_not_the_checkpoint_s_fails_the_export(exported, export
     model, _ = exported["int8"]
     honest = exporting.quantize_graph
 
-    def tampered(proto, names):
-        honest(proto, names)
+    def tampered(proto, names, ranges):
+        honest(proto, names, ranges)
         value = next(value for value in proto.graph.initializer if value.name.endswith("_codes"))
         codes = numpy_helper.to_array(value).copy()
         codes[0, 0] += 1 if codes[0, 0] < 100 else -1
@@ -114,10 +115,10 @@ def test_a_weight_that_is_not_the_checkpoint_s_fails_the_export(exported, export
 
     monkeypatch.setattr(exporting, "quantize_graph", tampered)
     with pytest.raises(MossError, match=r"the int8 file does not hold .*weight as the checkpoint has it"):
-        exporting.export(model, tmp_path / "onnx")
+        export(model, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []  # whole or not at all
     monkeypatch.setattr(exporting, "quantize_graph", honest)
-    facts = exporting.export(model, tmp_path / "onnx")
+    facts = export(model, tmp_path / "onnx")
     assert facts["file"] == "onnx/model.onnx"
     assert 0 < facts["difference_to_pytorch"] < 0.15
 
@@ -128,7 +129,7 @@ def test_a_network_that_changed_since_fails_the_export(exported, exporter_skippe
     with torch.no_grad():
         other.network.classifier.bias.add_(1)
     with pytest.raises(MossError, match="answers differently from PyTorch"):
-        exporting.export(other, tmp_path / "onnx")
+        export(other, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -160,7 +160,10 @@ def _shares_by_outliers(model: Model, sample: Any, share: float, progress: Progr
         ratios.append(sum(ratio * size for ratio, size in zip(found, sizes, strict=True)) / sum(sizes))
         counts.append(sum(sizes))
         names.append([matrix.name for matrix in visit.block.matrices])
-    shares = sparsities_by_outliers(ratios, share, weights=counts)
+    try:
+        shares = sparsities_by_outliers(ratios, share, weights=counts)
+    except ValueError as error:
+        raise ModelError(f"prune: allocation outliers: {error}. Give a sparsity nearer to 0.5.") from None
     return {name: one for block, one in zip(names, shares, strict=True) for name in block}
 
 
