@@ -37,7 +37,10 @@ def layer(out_features: int, width: int, seed: int) -> tuple[Tensor, Tensor, Ten
 
 
 def published(weight: Tensor, hessian: Tensor, bits: int, group_size: int | None, block: int = 128) -> Tensor:
-    """Algorithm 1 of arXiv:2210.17323, line by line: asymmetric codes, scales in full precision, float32."""
+    """Algorithm 1 of arXiv:2210.17323, line by line: asymmetric codes, scales in full precision, float32.
+
+    Each block is copied before its columns are walked, as the authors' code does: without it this is half as fast.
+    """
     weight, hessian = weight.clone(), hessian.clone()
     width, highest, group = weight.shape[1], 2**bits - 1, group_size or weight.shape[1]
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
@@ -45,18 +48,20 @@ def published(weight: Tensor, hessian: Tensor, bits: int, group_size: int | None
     rounded = torch.zeros_like(weight)
     for start in range(0, width, block):
         stop = min(start + block, width)
-        errors = torch.zeros_like(weight[:, start:stop])
+        part, inner = weight[:, start:stop].clone(), inverse[start:stop, start:stop]
+        errors = torch.zeros_like(part)
         for column in range(start, stop):
             if column % group == 0:
                 members = weight[:, column : column + group]
                 least, most = members.amin(dim=1).clamp_max(0), members.amax(dim=1).clamp_min(0)
                 scale = (most - least) / highest
                 zero = (-least / scale).round()
-            codes = ((weight[:, column] / scale).round() + zero).clamp(0, highest)
+            here = column - start
+            codes = ((part[:, here] / scale).round() + zero).clamp(0, highest)
             rounded[:, column] = (codes - zero) * scale
-            error = (weight[:, column] - rounded[:, column]) / inverse[column, column]
-            weight[:, column:stop] -= error[:, None] * inverse[column, column:stop]
-            errors[:, column - start] = error
+            error = (part[:, here] - rounded[:, column]) / inner[here, here]
+            part[:, here:] -= error[:, None] * inner[here, here:]
+            errors[:, here] = error
         weight[:, stop:] -= errors @ inverse[start:stop, stop:]
     return rounded
 
