@@ -24,6 +24,7 @@ from moss_rlhf.model.runtime import usable_cores
 from moss_rlhf.optimization.calibration import labelled_batches
 from moss_rlhf.optimization.shorten import How, Score, shorten
 from moss_rlhf.progress import quiet_libraries
+from moss_rlhf.tasks.batching import by_length
 from moss_rlhf.tasks.loading import encoded
 
 RECOVERY = {"epochs": 1, "learning_rate": 5e-5, "temperature": 2.0, "teacher_weight": 0.7}
@@ -100,6 +101,7 @@ def main() -> None:
     torch.set_num_threads(usable_cores())
     dense = load(given.model)
     train, test = (encoded(dense, read_rows(given.data / name, 10**6), 128) for name in ("train.tsv", "test.tsv"))
+    test = test.select(by_length(test["length"]))
     lines = [("dense", f"{accuracy(dense, test):.4f}", "")]
     for remove in given.remove if given.seeds else []:
         lines += measure(dense, train, test, remove, seeds=given.seeds, rows=given.rows)
