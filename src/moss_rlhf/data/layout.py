@@ -15,7 +15,7 @@ from moss_rlhf.data.reading import Record
 from moss_rlhf.data.sources import Source, open_source
 from moss_rlhf.errors import DataError, nearest
 from moss_rlhf.recipe import SplitLayout
-from moss_rlhf.recipe.schema import ColumnReference
+from moss_rlhf.recipe.data import ColumnReference
 
 HEAD_ROWS = 1000
 _LONGEST_LABEL = 40

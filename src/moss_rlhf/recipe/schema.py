@@ -6,73 +6,14 @@ an algorithm; the pipeline unpacks it into arguments.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from moss_rlhf.recipe.spec import Name, Positive, Spec
+from moss_rlhf.recipe.data import DataSpec
+from moss_rlhf.recipe.spec import Positive, Spec
 from moss_rlhf.recipe.stages import Stage, allow_short_forms, stage_kind
-
-ColumnReference = int | str | list[int | str]
-
-# --- data ----------------------------------------------------------------------------------------------------------
-
-
-class SplitLayout(Spec):
-    """One split with its own layout: where its rows are and how to read them."""
-
-    file: str | None = Field(None, description="path of a csv, tsv, txt, json, jsonl or parquet file, also .gz")
-    hub: str | None = Field(None, description="data set id on the hub, or a local directory of one")
-    split: str | None = Field(None, description="the split's name in the hub data set; default: this split's own")
-    format: Literal["csv", "tsv", "txt", "json", "jsonl", "parquet"] | None = Field(
-        None, description="default: from the file's name"
-    )
-    header: bool | None = Field(None, description="whether the first line names the columns; default: found out")
-    delimiter: str | None = Field(None, min_length=1, max_length=1, description="default: from the format")
-    encoding: str = Field("utf-8", description="of text files, such as utf-8, gb18030, utf-16")
-    columns: dict[str, ColumnReference] = Field(
-        default_factory=dict, description="the task's columns: a name or a position from 0; a list is joined"
-    )
-    labels: dict[Name, Name] = Field(default_factory=dict, description="label as it stands in the file: label name")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> SplitLayout:
-        if (self.file is None) == (self.hub is None):
-            raise PydanticCustomError("one_source", "give either 'file' or 'hub', not both and not neither")
-        return self
-
-
-class DataSpec(Spec):
-    """Where the rows of each split come from."""
-
-    train: str | SplitLayout
-    validation: Annotated[float, Field(gt=0, lt=1)] | str | SplitLayout = Field(
-        0.1, description="a file, or the share held out of train (stratified, seeded)"
-    )
-    test: str | SplitLayout | None = None
-    columns: dict[str, ColumnReference] = Field(default_factory=dict, description="for splits without their own")
-    labels: dict[Name, Name] = Field(default_factory=dict, description="for splits without their own")
-    max_length: Literal["auto"] | Annotated[int, Field(ge=4)] = Field(
-        "auto", description="tokens kept of each text; auto: the 99th percentile of train, within the model's limit"
-    )
-    limit: Positive | dict[Literal["train", "validation", "test"], Positive] | None = Field(
-        None, description="a seeded subset of each split"
-    )
-    broken_lines: Literal["error", "skip"] = Field(
-        "error", description="a line with missing cells, an empty text or label, or bytes that can't be decoded"
-    )
-
-    @field_validator("validation", mode="before")
-    @classmethod
-    def _share_or_file(cls, value: object) -> object:
-        try:
-            return float(value) if isinstance(value, str) else value
-        except ValueError:
-            return value
-
-
-# --- the recipe ----------------------------------------------------------------------------------------------------
 
 
 class EvaluateSpec(Spec):

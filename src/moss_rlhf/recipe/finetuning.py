@@ -1,0 +1,40 @@
+"""The fields of `finetune`. `stages.py` of the package hands them to the method."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from moss_rlhf.recipe.spec import Positive, Spec
+
+
+class EarlyStoppingSpec(Spec):
+    patience: Positive = Field(2, description="evaluations without a better metric before training stops")
+
+
+class DistillSpec(Spec):
+    teacher: str = Field("parent", description="'parent' (the model before compression) or a checkpoint directory")
+    temperature: float = Field(2.0, gt=0)
+    weight: float = Field(0.7, gt=0, le=1, description="share of the teacher's loss; the rest is the labels'")
+
+
+class FinetuneSpec(Spec):
+    """Train on the task's labels; the best checkpoint on validation is kept."""
+
+    epochs: Positive = 3
+    learning_rate: float = Field(5e-5, gt=0, lt=1)
+    batch_size: Positive = 32
+    schedule: Literal["linear", "slanted_triangular", "constant"] = "linear"
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled (AdamW)")
+    max_gradient_norm: float = Field(1.0, gt=0)
+    layer_decay: float = Field(1.0, gt=0, le=1, description="each layer's rate is that of the next above × this")
+    unfreeze: Literal["all", "gradual"] = Field("all", description="gradual: from the head down, one group at a time")
+    early_stopping: EarlyStoppingSpec | None = None
+    evaluations_per_epoch: Positive = 1
+    length_bucketing: bool = Field(True, description="batches of similar lengths: less padding")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 autocast where the processor has it in hardware"
+    )
+    distill: DistillSpec | None = None
