@@ -27,7 +27,7 @@ from moss_rlhf.progress import quiet_libraries
 from moss_rlhf.tasks.batching import by_length
 from moss_rlhf.tasks.loading import encoded
 
-RECOVERY = {"epochs": 1, "learning_rate": 5e-5, "temperature": 2.0, "teacher_weight": 0.7}
+RECOVERY = {"epochs": 1, "learning_rate": 5e-5, "distill": {"temperature": 2.0, "weight": 0.7}}
 
 
 def accuracy(model, rows) -> float:

@@ -22,6 +22,7 @@ from moss_rlhf.recipe import (
     SensitivitySpec,
     ShortenSpec,
 )
+from moss_rlhf.recipe.spec import Spec
 
 METHODS: Mapping[type, Callable[..., dict[str, Any]]] = {
     NarrowSpec: narrow,
@@ -63,32 +64,26 @@ def apply_stage(spec: Any, model: Model, context: StageContext) -> Outcome:
 
 def _finetune(spec: FinetuneSpec, model: Model, context: StageContext) -> Outcome:
     teacher = context.teacher(spec.distill.teacher) if spec.distill else None
+    fields = {name: _plain(getattr(spec, name)) for name in type(spec).model_fields}
+    if spec.distill:
+        fields["distill"] = {name: value for name, value in fields["distill"].items() if name != "teacher"}
     training = finetune(
         model,
         context.train,
         context.validation,
-        epochs=spec.epochs,
-        learning_rate=spec.learning_rate,
-        batch_size=spec.batch_size,
-        schedule=spec.schedule,
-        warmup=spec.warmup,
-        weight_decay=spec.weight_decay,
-        max_gradient_norm=spec.max_gradient_norm,
-        layer_decay=spec.layer_decay,
-        unfreeze=spec.unfreeze,
-        patience=spec.early_stopping.patience if spec.early_stopping else None,
-        evaluations_per_epoch=spec.evaluations_per_epoch,
-        length_bucketing=spec.length_bucketing,
-        precision=spec.precision,
+        **fields,
         teacher=teacher,
-        temperature=spec.distill.temperature if spec.distill else 1.0,
-        teacher_weight=spec.distill.weight if spec.distill else 0.0,
         seed=context.seed,
         workspace=context.work,
         progress=context.progress,
     )
     asked = _forward_flops(teacher, context.train, len(context.train)) if teacher else 0.0
     return Outcome(training.facts, training.flops + asked, training.history)
+
+
+def _plain(value: Any) -> Any:
+    """A nested spec as the mapping that `finetune` takes for its options."""
+    return {name: getattr(value, name) for name in type(value).model_fields} if isinstance(value, Spec) else value
 
 
 def _mean_length(rows: Any) -> float:

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from moss_rlhf.errors import DataError, ModelError
 from moss_rlhf.finetuning import finetune
 from moss_rlhf.finetuning.finetune import evaluate_loss, evaluation_steps
-from moss_rlhf.finetuning.layers import layer_groups, lowest_trained
+from moss_rlhf.finetuning.layers import layer_groups
+from moss_rlhf.finetuning.timetable import lowest_trained
 from moss_rlhf.finetuning.trainer import LayerwiseTrainer
 from moss_rlhf.optimization import prune, quantize
 from moss_rlhf.tasks import TASKS
@@ -86,7 +87,13 @@ def test_optimizer_holds_every_parameter_once_with_its_layers_rate(tiny_model, r
 def test_early_stopping_stops_and_keeps_the_best_weights_not_the_last(tiny_model, rows, tmp_path):
     """Validation is the training rows with the labels exchanged: the better it learns, the worse it is."""
     model = tiny_model()
-    settings = {"epochs": 6, "batch_size": 8, "learning_rate": 3e-3, "patience": 2, "precision": "float32"}
+    settings = {
+        "epochs": 6,
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+        "early_stopping": {"patience": 2},
+        "precision": "float32",
+    }
     training = finetune(model, rows, _flipped(rows), workspace=tmp_path, **settings)
     history = training.history["validation"]
     best = max(history, key=lambda point: (point["accuracy"], -point["loss"]))
@@ -116,7 +123,7 @@ def test_distillation_pulls_the_student_to_its_teacher(tiny_model, rows):
     """With the teacher's loss alone, its answers are learned, whatever the labels say."""
     teacher, student = tiny_model(), tiny_model(blocks=2)
     finetune(teacher, rows, rows, **LEARNING)
-    finetune(student, _flipped(rows), rows, teacher=teacher, teacher_weight=1.0, **LEARNING)
+    finetune(student, _flipped(rows), rows, teacher=teacher, distill={"weight": 1.0}, **LEARNING)
     assert evaluate_loss(student, encoded(student, rows), TASK)["accuracy"] > 0.95
 
 

@@ -112,7 +112,12 @@ def test_the_handler_is_given_back_after_an_error_too(train_to_the_end, acting, 
 @pytest.mark.parametrize("save_every_seconds", [0.0, 1e9])
 def test_a_training_that_ended_early_does_not_go_on(save_every_seconds, train_to_the_end, tmp_path):
     """Killed between its end and the mark that the stage is done: run again, it must end at the same step."""
-    settings = {"epochs": 12, "patience": 2, "learning_rate": 1e-9, "save_every_seconds": save_every_seconds}
+    settings = {
+        "epochs": 12,
+        "early_stopping": {"patience": 2},
+        "learning_rate": 1e-9,
+        "save_every_seconds": save_every_seconds,
+    }
     first = train_to_the_end("plain", tmp_path, **settings)
     assert first[2]["stopped_early"] is True
     _assert_same(train_to_the_end("plain", tmp_path, **settings), first)

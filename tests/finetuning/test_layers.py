@@ -3,7 +3,8 @@
 import pytest
 
 from moss_rlhf.finetuning import layer_learning_rates
-from moss_rlhf.finetuning.layers import layer_groups, lowest_trained
+from moss_rlhf.finetuning.layers import layer_groups
+from moss_rlhf.finetuning.timetable import lowest_trained
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
 

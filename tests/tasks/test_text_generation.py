@@ -150,7 +150,11 @@ def test_early_stopping_waits_for_a_lower_perplexity(tiny_model, rows_of):
     """Validation is a text of other words: the better the rest is learned, the worse it is foretold."""
     other = [{"text": "电影很好 , 房间不好 ."}]
     training = moss_rlhf.finetune(
-        tiny_model("gpt2"), rows_of("text-generation"), other, patience=1, **(LEARNING | {"epochs": 8})
+        tiny_model("gpt2"),
+        rows_of("text-generation"),
+        other,
+        early_stopping={"patience": 1},
+        **(LEARNING | {"epochs": 8}),
     )
     measured = [point["perplexity"] for point in training.history["validation"]]
     assert training.facts["stopped_early"]
@@ -165,7 +169,7 @@ def test_distillation_alone_teaches_what_the_teacher_knows(tiny_model, rows_of, 
     moss_rlhf.finetune(teacher, rows, rows[::3], **LEARNING)
     taught = {name: value.clone() for name, value in teacher.network.state_dict().items()}
     before = TASK.measure(student.network, encoded(student, rows), student.tokenizer)
-    moss_rlhf.finetune(student, rows, rows[::3], teacher=teacher, teacher_weight=1.0, **LEARNING)
+    moss_rlhf.finetune(student, rows, rows[::3], teacher=teacher, distill={"weight": 1.0}, **LEARNING)
     after = TASK.measure(student.network, encoded(student, rows), student.tokenizer)
     assert after["perplexity"] < 0.3 * before["perplexity"]
     assert all(torch.equal(value, taught[name]) for name, value in teacher.network.state_dict().items())

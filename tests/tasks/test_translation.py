@@ -99,7 +99,7 @@ def test_distillation_alone_teaches_what_the_teacher_knows(tiny_model, rows_of):
     teacher, student = tiny_model("t5"), tiny_model("t5", blocks=1)
     moss_rlhf.finetune(teacher, rows, rows[::3], **LEARNING)
     before = TASK.measure(student.network, encoded(student, rows), student.tokenizer)
-    moss_rlhf.finetune(student, rows, rows[::3], teacher=teacher, teacher_weight=1.0, **LEARNING)
+    moss_rlhf.finetune(student, rows, rows[::3], teacher=teacher, distill={"weight": 1.0}, **LEARNING)
     after = TASK.measure(student.network, encoded(student, rows), student.tokenizer)
     assert after["perplexity"] < 0.7 * before["perplexity"]
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, softmax
+
+from moss_rlhf.finetuning.options import Distillation
+from moss_rlhf.tasks import Task
+
+if TYPE_CHECKING:
+    from moss_rlhf.finetuning.objective import Pass
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -22,3 +31,31 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
 def mixed_loss(label_loss: Tensor, teacher_loss: Tensor, weight: float) -> Tensor:
     """Weight · teacher's + (1 - weight) · labels'."""
     return torch.lerp(label_loss, teacher_loss, weight)
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How a teacher's answers enter the loss.
+
+    network   asked at every step; None: its logits are the rows' column `teacher_logits`.
+    """
+
+    task: Task
+    options: Distillation
+    network: Any = None
+
+    def mixed(self, label_loss: Tensor, passed: Pass) -> Tensor:
+        """The labels' loss and the teacher's, weighted."""
+        labels = passed.batch["labels"]
+        student, taught = (
+            self.task.at_targets(logits, labels) for logits in (passed.outputs.logits, self._answers(passed))
+        )
+        learned = distillation_loss(student, taught, self.options.temperature)
+        return mixed_loss(label_loss, learned, self.options.weight)
+
+    def _answers(self, passed: Pass) -> Tensor:
+        if self.network is None:
+            return passed.batch["teacher_logits"]
+        with torch.no_grad():
+            logits: Tensor = self.network(**passed.given).logits
+        return logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +18,13 @@ from safetensors.torch import load_model
 from transformers import TrainingArguments, set_seed
 
 from moss_rlhf.errors import DataError, Interrupted, ModelError
+from moss_rlhf.finetuning.companions import Companion, Companions, KeptZeros
+from moss_rlhf.finetuning.distillation import Teaching
 from moss_rlhf.finetuning.layers import layer_groups, layer_learning_rates
+from moss_rlhf.finetuning.objective import Objective
+from moss_rlhf.finetuning.options import Distillation, EarlyStopping, option
 from moss_rlhf.finetuning.sampling import EpochSampler
+from moss_rlhf.finetuning.timetable import Thaw, Unfreeze
 from moss_rlhf.finetuning.trainer import (
     BEST,
     SAVE_EVERY_SECONDS,
@@ -31,7 +37,6 @@ from moss_rlhf.finetuning.trainer import (
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.processor import fast_bfloat16, processor_flags
 from moss_rlhf.model.runtime import TorchRuntime
-from moss_rlhf.model.zeros import Zeros
 from moss_rlhf.progress import Progress
 from moss_rlhf.strategy import SCHEDULES
 from moss_rlhf.tasks import TASKS, Task, TextClassification
@@ -67,14 +72,13 @@ def finetune(
     weight_decay: float = 0.01,
     max_gradient_norm: float = 1.0,
     layer_decay: float = 1.0,
-    unfreeze: Literal["all", "gradual"] = "all",
-    patience: int | None = None,
+    unfreeze: Unfreeze = "all",
+    early_stopping: EarlyStopping | Mapping[str, Any] | None = None,
     evaluations_per_epoch: int = 1,
     length_bucketing: bool = True,
     precision: Precision = "auto",
     teacher: Model | None = None,
-    temperature: float = 2.0,
-    teacher_weight: float = 0.7,
+    distill: Distillation | Mapping[str, Any] | None = None,
     seed: int = 0,
     workspace: Path | None = None,
     save_every_seconds: float = SAVE_EVERY_SECONDS,
@@ -83,9 +87,9 @@ def finetune(
     """Train `model` in place and leave it with the weights of its best evaluation.
 
     train, validation   rows with the task's columns, labels included; or encoded already.
-    patience            evaluations without a better metric before training stops; None: never.
-    teacher             a model whose logits are learned too:
-                        teacher_weight · T² KL + (1 - teacher_weight) · labels' loss.
+    early_stopping      {"patience": evaluations without a better metric before training stops}; None: never.
+    teacher             a model whose answers are learned too.
+    distill             how, such as {"temperature": 2.0, "weight": 0.7}; these without it.
     workspace           where to keep checkpoints; a training interrupted there resumes from its last one and ends in
                         the same bits. None: nothing is kept.
     raises              DataError where there are no rows; ModelError where the model is quantized, the teacher has
@@ -96,35 +100,31 @@ def finetune(
         raise ModelError("finetune: the model is quantized already; fine-tune it before, then quantize.")
     task = TASKS[model.task]
     train, validation = _rows(model, train, "train"), _rows(model, validation, "validation")
-    progress = progress or Progress(quiet=True)
+    stopping, progress = option(EarlyStopping, early_stopping, "early_stopping"), progress or Progress(quiet=True)
     steps_per_epoch = -(-len(train) // batch_size)
     steps = epochs * steps_per_epoch
     groups = tuple(layer_groups(model.network))
-    plan = Plan(
-        groups=groups,
-        rates=tuple(layer_learning_rates(len(groups) - 2, learning_rate, layer_decay)),
-        weight_decay=weight_decay,
-        unfreeze=unfreeze,
-        schedule=SCHEDULES[schedule],
-        warmup=warmup,
-        evaluate_at=evaluation_steps(steps_per_epoch, epochs, evaluations_per_epoch),
-        steps=steps,
-        patience=patience,
-        temperature=temperature,
-        teacher_weight=teacher_weight,
-        dimensions=model.dimensions,
-        zeros=Zeros.of(model.pruned),
-    )
+    rates = tuple(layer_learning_rates(len(groups) - 2, learning_rate, layer_decay))
     bfloat16 = uses_bfloat16(precision)
     if teacher is not None:
         _check_teacher(model, teacher)
         if isinstance(task, TextClassification):
             train = _with_teacher(train, teacher, task, progress)
+    plan = Plan(
+        groups=groups,
+        timetable=Thaw(rates, unfreeze, SCHEDULES[schedule], warmup, steps),
+        objective=Objective(task, _teaching(task, teacher, option(Distillation, distill, "distill"))),
+        companions=Companions(_companions(model)),
+        weight_decay=weight_decay,
+        evaluate_at=evaluation_steps(steps_per_epoch, epochs, evaluations_per_epoch),
+        steps=steps,
+        patience=stopping.patience if stopping else None,
+        dimensions=model.dimensions,
+    )
     sampler = EpochSampler(train["length"], batch_size, seed, length_bucketing)
     with _folder(workspace) as folder:
         trainer = LayerwiseTrainer(
             plan=plan,
-            task=task,
             evaluator=lambda: evaluate_loss(model, validation, task),
             sampler=sampler,
             network=model.network,
@@ -139,10 +139,10 @@ def finetune(
             ),
             collate=lambda rows: _collate(rows, model, task),
             train=train,
-            teacher=_asked_at_every_step(teacher),
         )
-        _train(trainer, folder, task, save_every_seconds, progress)
-    return _training(trainer, task, bfloat16)
+        facts = _train(trainer, folder, task, save_every_seconds, progress)
+    training = _training(trainer, task, bfloat16)
+    return dataclasses.replace(training, facts=training.facts | facts)
 
 
 def evaluation_steps(steps_per_epoch: int, epochs: int, per_epoch: int) -> frozenset[int]:
@@ -194,12 +194,20 @@ def _with_teacher(train: Any, teacher: Model, task: TextClassification, progress
     return train.add_column("teacher_logits", [row.tolist() for row in logits])
 
 
-def _asked_at_every_step(teacher: Model | None) -> Any:
-    """The network of a teacher whose answers can't be kept: a language model's logits are a vocabulary a token."""
-    if teacher is None or TASKS[teacher.task].has_classes:
+def _teaching(task: Task, teacher: Model | None, options: Distillation | None) -> Teaching | None:
+    """What is learned from a teacher; a language model's logits are a vocabulary a token: it is asked at every step."""
+    if teacher is None:
         return None
+    options = options or Distillation()
+    if task.has_classes:
+        return Teaching(task, options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return teacher.network.to(device).eval()
+    return Teaching(task, options, teacher.network.to(device).eval())
+
+
+def _companions(model: Model) -> list[Companion]:
+    """What goes along; what changes weights last comes last."""
+    return [KeptZeros(model.pruned)]
 
 
 def _collate(rows: Sequence[Mapping[str, Any]], model: Model, task: Task) -> dict[str, torch.Tensor]:
@@ -242,7 +250,10 @@ def _arguments(
     )
 
 
-def _train(trainer: LayerwiseTrainer, folder: Path, task: Task, save_every_seconds: float, progress: Progress) -> None:
+def _train(
+    trainer: LayerwiseTrainer, folder: Path, task: Task, save_every_seconds: float, progress: Progress
+) -> dict[str, Any]:
+    """Run to the end or to an interruption; leaves the best weights and returns the companions' facts."""
     shutil.rmtree(folder / "partial", ignore_errors=True)  # a killed run's half-written checkpoint
     last = checkpoints(folder)[-1:]
     set_seed(trainer.args.seed)
@@ -260,7 +271,7 @@ def _train(trainer: LayerwiseTrainer, folder: Path, task: Task, save_every_secon
     trainer.model.cpu()
     load_model(trainer.model, folder / BEST)
     trainer.model.eval()
-    trainer.plan.zeros.verify()
+    return trainer.plan.companions.finish()
 
 
 def _training(trainer: LayerwiseTrainer, task: Task, bfloat16: bool) -> Training:
@@ -276,7 +287,7 @@ def _training(trainer: LayerwiseTrainer, task: Task, bfloat16: bool) -> Training
         "seconds": trainer.seconds,
         "examples_per_second": len(trainer.sampler) * trainer.state.epoch / trainer.seconds,
         "learning_rates": {
-            group.name: rate for group, rate in zip(trainer.plan.groups, trainer.plan.rates, strict=True)
+            group.name: rate for group, rate in zip(trainer.plan.groups, trainer.plan.timetable.peaks, strict=True)
         },
     }
     history = {

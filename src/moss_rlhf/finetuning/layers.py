@@ -1,16 +1,14 @@
-"""The hierarchy of layers: which groups train, when, and at what rate."""
+"""The hierarchy of layers: which parameters form a group, and its rate."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from moss_rlhf.model.anatomy import anatomy_of
 
 if TYPE_CHECKING:
     from torch import nn
-
-_UNFROZEN_BY = 0.5  # share of the steps after which gradual unfreezing trains everything
 
 
 def layer_learning_rates(depth: int, learning_rate: float, decay: float) -> list[float]:
@@ -43,16 +41,3 @@ def layer_groups(network: Any) -> list[LayerGroup]:
     anatomy = anatomy_of(network)
     blocks = [LayerGroup(block.name, tuple(block.module.named_parameters())) for block in anatomy.blocks]
     return [LayerGroup("embeddings", anatomy.embeddings), *blocks, LayerGroup("head", anatomy.head)]
-
-
-def lowest_trained(step: int, total: int, groups: int, unfreeze: Literal["all", "gradual"]) -> int:
-    """Index of the lowest of `groups` groups that trains at a step.
-
-    gradual: the head alone first, then one more group at a time from the top, evenly; everything trains from half of
-    the `total` steps on. (ULMFiT §3.3 thaws one group an epoch; a transformer is fine-tuned for fewer epochs than it
-    has layers.)
-    """
-    if unfreeze == "all":
-        return 0
-    thawed = 1 + int((groups - 1) * step / max(1, total * _UNFROZEN_BY))
-    return max(0, groups - thawed)

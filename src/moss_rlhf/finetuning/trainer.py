@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from moss_rlhf.errors import Interrupted, ModelError
 from moss_rlhf.files import new_file
-from moss_rlhf.finetuning.distillation import distillation_loss, mixed_loss
-from moss_rlhf.finetuning.layers import LayerGroup, lowest_trained
+from moss_rlhf.finetuning.companions import Companions
+from moss_rlhf.finetuning.layers import LayerGroup
+from moss_rlhf.finetuning.objective import Objective
 from moss_rlhf.finetuning.sampling import EpochSampler
+from moss_rlhf.finetuning.timetable import Timetable
 from moss_rlhf.model.cost import Dimensions, training_flops
-from moss_rlhf.model.zeros import Zeros
 from moss_rlhf.progress import Bar
-from moss_rlhf.strategy import Best, Schedule
+from moss_rlhf.strategy import Best
 from moss_rlhf.tasks import Task
 
 SAVE_EVERY_SECONDS = 60.0
@@ -48,18 +50,14 @@ class Plan:
     """What one fine-tuning does, step by step; nothing here changes while it runs."""
 
     groups: tuple[LayerGroup, ...]
-    rates: tuple[float, ...]  # one a group
+    timetable: Timetable
+    objective: Objective
+    companions: Companions
     weight_decay: float
-    unfreeze: Any
-    schedule: Schedule
-    warmup: float
     evaluate_at: frozenset[int]  # steps
     steps: int
     patience: int | None
-    temperature: float
-    teacher_weight: float  # 0: no teacher
     dimensions: Dimensions
-    zeros: Zeros
 
 
 def best_of(log_history: Sequence[Mapping[str, float]], task: Task) -> Best:
@@ -72,27 +70,21 @@ def best_of(log_history: Sequence[Mapping[str, float]], task: Task) -> Best:
 
 
 class LayerwiseTrainer(Trainer):
-    """Trains a `Plan`; `evaluator` measures the network and returns {"loss", metric: value}.
-
-    teacher   a network that is asked at every step; None: none, or its logits are a column of the rows.
-    """
+    """Trains a `Plan`; `evaluator` measures the network and returns {"loss", metric: value}."""
 
     def __init__(
         self,
         *,
         plan: Plan,
-        task: Task,
         evaluator: Callable[[], dict[str, float]],
         sampler: EpochSampler,
         network: Any,
         arguments: TrainingArguments,
         collate: Callable[[Any], Any],
         train: Any,
-        teacher: Any = None,
     ) -> None:
         super().__init__(model=network, args=arguments, data_collator=collate, train_dataset=train)
-        self.plan, self.task, self.evaluator, self.sampler = plan, task, evaluator, sampler
-        self.teacher = teacher
+        self.plan, self.evaluator, self.sampler = plan, evaluator, sampler
         self.remove_callback(PrinterCallback)
         self._folder: str | None = None
         self._carried_seconds = 0.0
@@ -107,49 +99,50 @@ class LayerwiseTrainer(Trainer):
         return self.optimizer
 
     def _parameter_groups(self) -> Iterator[dict[str, Any]]:
-        """Two groups a layer group: matrices decay, biases and norms do not."""
-        for group, rate in zip(self.plan.groups, self.plan.rates, strict=True):
+        """Two groups a layer group, matrices decay, biases and norms do not; then one for each companion's own."""
+        for group, rate in zip(self.plan.groups, self.plan.timetable.peaks, strict=True):
             matrices = [parameter for _, parameter in group.parameters if parameter.dim() > 1]
             vectors = [parameter for _, parameter in group.parameters if parameter.dim() <= 1]
             yield {"params": matrices, "lr": rate, "weight_decay": self.plan.weight_decay}
             yield {"params": vectors, "lr": rate, "weight_decay": 0.0}
+        for extra in self.plan.companions.extras():
+            yield {"params": [extra.parameter], "lr": extra.learning_rate, "weight_decay": extra.weight_decay}
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        plan = self.plan
-        self.lr_scheduler = LambdaLR(self.optimizer, lambda step: plan.schedule(step, num_training_steps, plan.warmup))
+        table, groups = self.plan.timetable, len(self.plan.groups)
+        layers = [partial(table.multiplier, group=group) for group in range(groups) for _ in range(2)]
+        extras = [partial(table.multiplier, group=groups - 1)] * len(self.plan.companions.extras())
+        self.lr_scheduler = LambdaLR(self.optimizer, [*layers, *extras])
         return self.lr_scheduler
 
+    @property
+    def rates(self) -> list[float]:
+        """The learning rate of each layer group now."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups[: 2 * len(self.plan.groups) : 2]]
+
     def _get_learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[-1]["lr"])  # the head's, which is the recipe's
+        return self.rates[-1]  # the head's, which is the recipe's
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        labels, teacher = inputs.pop("labels"), inputs.pop("teacher_logits", None)
-        given = self.task.inputs(self.model, inputs | {"labels": labels})
-        outputs = model(**given)
-        loss = self.task.loss(outputs.logits, labels)
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher = self.teacher(**given).logits
-        if teacher is not None:
-            student, taught = (self.task.at_targets(logits, labels) for logits in (outputs.logits, teacher))
-            learned = distillation_loss(student, taught, self.plan.temperature)
-            loss = mixed_loss(loss, learned, self.plan.teacher_weight)
+    ) -> Tensor:
+        with self.plan.companions.around(inputs):
+            loss = self.plan.companions.penalised(self.plan.objective(model, inputs))
         if not loss.isfinite():
             raise ModelError(
                 f"finetune: the loss became {loss.item()} at step {self.state.global_step}. "
                 "Lower learning_rate, or look for inf or nan in the checkpoint."
             )
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     def floating_point_ops(self, inputs: Mapping[str, Tensor]) -> float:
         rows, length = inputs["input_ids"].shape
-        frozen = lowest_trained(self.state.global_step, self.plan.steps, len(self.plan.groups), self.plan.unfreeze)
-        return training_flops(self.plan.dimensions, length, rows * length, max(0, frozen - 1))
+        lowest = self.plan.timetable.trains(self.state.global_step).index(True)
+        return training_flops(self.plan.dimensions, length, rows * length, max(0, lowest - 1))
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        metrics = {f"eval_{name}": value for name, value in self.evaluator().items()}
+        with self.plan.companions.as_shipped():
+            metrics = {f"eval_{name}": value for name, value in self.evaluator().items()}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -194,6 +187,11 @@ class LayerwiseTrainer(Trainer):
         place = Path(output_dir or self.args.output_dir)
         place.mkdir(parents=True, exist_ok=True)
         save_model(self.model, str(place / "model.safetensors"))
+        self.plan.companions.save(place)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.plan.companions.load(Path(resume_from_checkpoint))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -202,7 +200,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 class Conductor(TrainerCallback):
-    """Freezes and thaws layers, keeps zeros, decides when to evaluate, save and stop, and shows how it goes."""
+    """Freezes and thaws layers, leads the companions, decides when to evaluate, save and stop, shows how it goes."""
 
     def __init__(self, trainer: LayerwiseTrainer, task: Task, bar: Bar, save_every_seconds: float) -> None:
         self.trainer, self.plan, self.task, self.bar = trainer, trainer.plan, task, bar
@@ -216,12 +214,12 @@ class Conductor(TrainerCallback):
         self.bar.advance(state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        lowest = lowest_trained(state.global_step, self.plan.steps, len(self.plan.groups), self.plan.unfreeze)
-        for level, group in enumerate(self.plan.groups):
-            group.train(level >= lowest)
+        for group, trains in zip(self.plan.groups, self.plan.timetable.trains(state.global_step), strict=True):
+            group.train(trains)
+        self.plan.companions.before_step(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.plan.zeros.restore()
+        self.plan.companions.after_step(state.global_step, self.trainer.rates)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         control.should_evaluate = state.global_step in self.plan.evaluate_at
@@ -238,8 +236,8 @@ class Conductor(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         best = best_of(state.log_history, self.task)
         if best.step == state.global_step:
-            with new_file(Path(args.output_dir) / BEST) as partial:
-                save_model(self.trainer.model, str(partial))
+            with new_file(Path(args.output_dir) / BEST) as place, self.plan.companions.as_shipped():
+                save_model(self.trainer.model, str(place))
         tired = self.plan.patience is not None and best.waited >= self.plan.patience
         control.should_training_stop |= tired
         # from a checkpoint of the end, training would go on, past early stopping; from the one before, it ends the same

@@ -1,0 +1,43 @@
+"""Options of fine-tuning that belong together. In Python each is given as a mapping, or as the object itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from moss_rlhf.errors import RecipeError, nearest
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Stop after `patience` evaluations in a row without a better metric."""
+
+    patience: int = 2
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Learn a teacher's answers: weight · T² · KL + (1 − weight) · the labels' loss (`distillation.py`)."""
+
+    temperature: float = 2.0
+    weight: float = 0.7
+
+
+def option(kind: type[Options], value: Options | Mapping[str, Any] | None, name: str) -> Options | None:
+    """`value` as a `kind`; None stays None.
+
+    raises   RecipeError on a field that `kind` does not have.
+    """
+    if value is None or isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"finetune.{name}: {value!r} can't be used; it must be a mapping of fields.")
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]  # always a dataclass
+    for key in value:
+        if key not in known:
+            raise RecipeError(f"finetune.{name}: unknown field {key!r}; {nearest(str(key), known)}")
+    return kind(**value)
