@@ -43,7 +43,7 @@ class Companion:
         """Before the forward pass of optimizer step `step`, counted from 0."""
 
     def around(self, batch: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
-        """Holds during the forward pass and the loss of one batch."""
+        """Holds during the forward and the backward pass of one batch, or of a piece of it."""
         return nullcontext()
 
     def penalty(self) -> Tensor | None:

@@ -23,7 +23,8 @@ from moss_rlhf.finetuning.distillation import Teaching
 from moss_rlhf.finetuning.layers import layer_groups, layer_learning_rates
 from moss_rlhf.finetuning.objective import Objective
 from moss_rlhf.finetuning.options import Distillation, EarlyStopping, option
-from moss_rlhf.finetuning.sampling import EpochSampler
+from moss_rlhf.finetuning.pieces import Pieces
+from moss_rlhf.finetuning.sampling import epoch_batches
 from moss_rlhf.finetuning.timetable import Thaw, Unfreeze
 from moss_rlhf.finetuning.trainer import (
     BEST,
@@ -76,6 +77,9 @@ def finetune(
     early_stopping: EarlyStopping | Mapping[str, Any] | None = None,
     evaluations_per_epoch: int = 1,
     length_bucketing: bool = True,
+    batch_tokens: int | None = None,
+    micro_batch_size: int | None = None,
+    gradient_checkpointing: bool = False,
     precision: Precision = "auto",
     teacher: Model | None = None,
     distill: Distillation | Mapping[str, Any] | None = None,
@@ -87,6 +91,9 @@ def finetune(
     """Train `model` in place and leave it with the weights of its best evaluation.
 
     train, validation   rows with the task's columns, labels included; or encoded already.
+    batch_tokens        instead of `batch_size` rows, as many as fill this many tokens with padding.
+    micro_batch_size    rows that go through the network at once: less memory, the same gradient. A batch that does not
+                        fit is cut further by itself.
     early_stopping      {"patience": evaluations without a better metric before training stops}; None: never.
     teacher             a model whose answers are learned too.
     distill             how, such as {"temperature": 2.0, "weight": 0.7}; these without it.
@@ -101,8 +108,8 @@ def finetune(
     task = TASKS[model.task]
     train, validation = _rows(model, train, "train"), _rows(model, validation, "validation")
     stopping, progress = option(EarlyStopping, early_stopping, "early_stopping"), progress or Progress(quiet=True)
-    steps_per_epoch = -(-len(train) // batch_size)
-    steps = epochs * steps_per_epoch
+    batches = epoch_batches(train["length"], batch_size, seed, bucketing=length_bucketing, tokens=batch_tokens)
+    steps = epochs * len(batches)
     groups = tuple(layer_groups(model.network))
     rates = tuple(layer_learning_rates(len(groups) - 2, learning_rate, layer_decay))
     bfloat16 = uses_bfloat16(precision)
@@ -116,17 +123,18 @@ def finetune(
         objective=Objective(task, _teaching(task, teacher, option(Distillation, distill, "distill"))),
         companions=Companions(_companions(model)),
         weight_decay=weight_decay,
-        evaluate_at=evaluation_steps(steps_per_epoch, epochs, evaluations_per_epoch),
+        evaluate_at=evaluation_steps(len(batches), epochs, evaluations_per_epoch),
         steps=steps,
         patience=stopping.patience if stopping else None,
         dimensions=model.dimensions,
     )
-    sampler = EpochSampler(train["length"], batch_size, seed, length_bucketing)
     with _folder(workspace) as folder:
         trainer = LayerwiseTrainer(
             plan=plan,
             evaluator=lambda: evaluate_loss(model, validation, task),
-            sampler=sampler,
+            batches=batches,
+            pieces=Pieces(micro_batch_size),
+            say=progress.say,
             network=model.network,
             arguments=_arguments(
                 folder,
@@ -135,10 +143,11 @@ def finetune(
                 steps=steps,
                 max_gradient_norm=max_gradient_norm,
                 bfloat16=bfloat16,
+                checkpointing=gradient_checkpointing,
                 seed=seed,
             ),
             collate=lambda rows: _collate(rows, model, task),
-            train=train,
+            train=train.add_column("row", range(len(train))),
         )
         facts = _train(trainer, folder, task, save_every_seconds, progress)
     training = _training(trainer, task, bfloat16)
@@ -215,7 +224,7 @@ def _collate(rows: Sequence[Mapping[str, Any]], model: Model, task: Task) -> dic
     if "teacher_logits" in rows[0]:
         logits: NDArray[np.float32] = np.array([row["teacher_logits"] for row in rows], dtype=np.float32)
         batch["teacher_logits"] = torch.from_numpy(logits)
-    return batch
+    return batch | {"row": torch.tensor([row["row"] for row in rows])}
 
 
 @contextmanager
@@ -229,7 +238,15 @@ def _folder(workspace: Path | None) -> Iterator[Path]:
 
 
 def _arguments(
-    folder: Path, *, epochs: int, batch_size: int, steps: int, max_gradient_norm: float, bfloat16: bool, seed: int
+    folder: Path,
+    *,
+    epochs: int,
+    batch_size: int,
+    steps: int,
+    max_gradient_norm: float,
+    bfloat16: bool,
+    checkpointing: bool,
+    seed: int,
 ) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
@@ -237,6 +254,8 @@ def _arguments(
         per_device_train_batch_size=batch_size,
         max_grad_norm=max_gradient_norm,
         bf16=bfloat16,
+        activation_checkpointing=checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
         eval_strategy="no",
@@ -266,6 +285,8 @@ def _train(
         finally:
             for group in trainer.plan.groups:
                 group.train(True)
+            if trainer.args.activation_checkpointing:
+                trainer.model.activation_checkpointing_disable()
     if conductor.stop_requested.is_set():
         raise Interrupted("stopped at the last step; run again to go on from the checkpoint before")
     trainer.model.cpu()
@@ -285,7 +306,7 @@ def _training(trainer: LayerwiseTrainer, task: Task, bfloat16: bool) -> Training
         "stopped_early": trainer.state.global_step < trainer.plan.steps,
         "precision": "bfloat16 autocast" if bfloat16 else "float32",
         "seconds": trainer.seconds,
-        "examples_per_second": len(trainer.sampler) * trainer.state.epoch / trainer.seconds,
+        "examples_per_second": trainer.batches.rows * trainer.state.epoch / trainer.seconds,
         "learning_rates": {
             group.name: rate for group, rate in zip(trainer.plan.groups, trainer.plan.timetable.peaks, strict=True)
         },

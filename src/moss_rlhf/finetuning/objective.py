@@ -47,5 +47,5 @@ class Objective:
         return Pass(batch, given, network(**given))
 
 
-ROW_COLUMNS = ("teacher_logits",)
+ROW_COLUMNS = ("row", "teacher_logits")
 """What a batch carries that is no input of the network."""

@@ -6,6 +6,8 @@ What transformers' Trainer does not do, and why it is done here:
 - checkpoints are written beside their place and renamed: Trainer writes in place, and a kill would leave half of one;
 - the order of rows is a function of (seed, epoch), so a resumed run ends in the same bits as one never stopped;
 - the loss since the last logged point goes into the checkpoint: Trainer forgets it, and a resumed curve would differ;
+- a batch is cut into pieces with the gradient of the whole: Trainer's accumulation averages micro-batches, however many
+  targets each has, and a batch that does not fit ends the training;
 - evaluations, early stopping, saving and the best checkpoint follow one setting instead of five entangled ones.
 """
 
@@ -26,6 +28,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from moss_rlhf.errors import Interrupted, ModelError
@@ -33,7 +36,8 @@ from moss_rlhf.files import new_file
 from moss_rlhf.finetuning.companions import Companions
 from moss_rlhf.finetuning.layers import LayerGroup
 from moss_rlhf.finetuning.objective import Objective
-from moss_rlhf.finetuning.sampling import EpochSampler
+from moss_rlhf.finetuning.pieces import Pieces, in_pieces
+from moss_rlhf.finetuning.sampling import EpochBatches
 from moss_rlhf.finetuning.timetable import Timetable
 from moss_rlhf.model.cost import Dimensions, training_flops
 from moss_rlhf.progress import Bar
@@ -43,6 +47,8 @@ from moss_rlhf.tasks import Task
 SAVE_EVERY_SECONDS = 60.0
 BEST = "best.safetensors"
 _UNLOGGED = "unlogged loss"
+_PIECES = "rows of a piece"
+_ROWS_SHOWN = 32
 
 
 @dataclass(frozen=True)
@@ -77,21 +83,30 @@ class LayerwiseTrainer(Trainer):
         *,
         plan: Plan,
         evaluator: Callable[[], dict[str, float]],
-        sampler: EpochSampler,
+        batches: EpochBatches,
+        pieces: Pieces,
+        say: Callable[[str], None],
         network: Any,
         arguments: TrainingArguments,
         collate: Callable[[Any], Any],
         train: Any,
     ) -> None:
         super().__init__(model=network, args=arguments, data_collator=collate, train_dataset=train)
-        self.plan, self.evaluator, self.sampler = plan, evaluator, sampler
+        self.plan, self.evaluator, self.batches, self.pieces, self.say = plan, evaluator, batches, pieces, say
         self.remove_callback(PrinterCallback)
         self._folder: str | None = None
         self._carried_seconds = 0.0
         self._started = time.monotonic()
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return self.sampler
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,  # type: ignore[arg-type]  # an iterable of lists of positions
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         # fused: one pass over weights, gradients and moments instead of a dozen
@@ -123,17 +138,34 @@ class LayerwiseTrainer(Trainer):
     def _get_learning_rate(self) -> float:
         return self.rates[-1]  # the head's, which is the recipe's
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
-        with self.plan.companions.around(inputs):
-            loss = self.plan.companions.penalised(self.plan.objective(model, inputs))
+    def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a batch, in pieces where one at once is too much; its mean loss."""
+        model.train()
+        batch = self._prepare_inputs(inputs)
+
+        def backward(piece: Mapping[str, Tensor], share: float) -> Tensor:
+            with self.plan.companions.around(piece):  # the backward pass too: checkpointed blocks run again in it
+                with self.compute_loss_context_manager():
+                    loss = self.plan.companions.penalised(self.plan.objective(model, piece))
+                self._refuse_infinite(loss, piece)
+                self.accelerator.backward(loss * share)
+            return loss.detach() * share
+
+        return in_pieces(self.pieces, batch, self.plan.objective.task, backward, self._start_over)
+
+    def _start_over(self, rows: int) -> None:
+        self.optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.say(f"  a batch does not fit into memory; going on in pieces of {rows} rows, to the same result")
+
+    def _refuse_infinite(self, loss: Tensor, piece: Mapping[str, Tensor]) -> None:
         if not loss.isfinite():
+            rows = ", ".join(map(str, piece["row"].tolist()[:_ROWS_SHOWN]))
             raise ModelError(
-                f"finetune: the loss became {loss.item()} at step {self.state.global_step}. "
-                "Lower learning_rate, or look for inf or nan in the checkpoint."
+                f"finetune: the loss became {loss.item()} at step {self.state.global_step}, on rows {rows} of train "
+                "(counted from 0). Lower learning_rate, look at those rows, or look for inf or nan in the checkpoint."
             )
-        return loss
 
     def floating_point_ops(self, inputs: Mapping[str, Tensor]) -> float:
         rows, length = inputs["input_ids"].shape
@@ -160,6 +192,7 @@ class LayerwiseTrainer(Trainer):
         if unlogged is not None:
             self._tr_loss += unlogged["loss"]
             self._globalstep_last_logged = unlogged["since"]
+            self.pieces.rows = self.state.stateful_callbacks[_PIECES]["rows"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, "seconds": round(self.seconds, 3)}, start_time)
@@ -173,6 +206,7 @@ class LayerwiseTrainer(Trainer):
         # the one part of the state that transformers keeps as it is, whatever its name
         unlogged = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
         self.state.stateful_callbacks[_UNLOGGED] = unlogged
+        self.state.stateful_callbacks[_PIECES] = {"rows": self.pieces.rows}
         try:
             super()._save_checkpoint(model, trial)
             (Path(self._folder) / final.name).replace(final)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -34,6 +34,13 @@ class FinetuneSpec(Spec):
     early_stopping: EarlyStoppingSpec | None = None
     evaluations_per_epoch: Positive = 1
     length_bucketing: bool = Field(True, description="batches of similar lengths: less padding")
+    batch_tokens: Annotated[int, Field(ge=16)] | None = Field(
+        None, description="instead of batch_size rows, as many as fill this many tokens, padding included"
+    )
+    micro_batch_size: Positive | None = Field(
+        None, description="rows that go through the network at once: less memory, the same gradient"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory, a third more time")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast where the processor has it in hardware"
     )
