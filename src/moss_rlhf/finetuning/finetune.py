@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +18,13 @@ from numpy.typing import NDArray
 from safetensors.torch import load_model
 from transformers import TrainingArguments, set_seed
 
-from moss_rlhf.errors import DataError, Interrupted, ModelError
+from moss_rlhf.errors import DataError, Interrupted, MachineError, ModelError, RecipeError, nearest
 from moss_rlhf.finetuning.companions import Companion, Companions, KeptZeros
 from moss_rlhf.finetuning.distillation import Teaching
 from moss_rlhf.finetuning.layers import layer_groups, layer_learning_rates
 from moss_rlhf.finetuning.objective import Objective
 from moss_rlhf.finetuning.options import Distillation, EarlyStopping, option
+from moss_rlhf.finetuning.packing import check_packing
 from moss_rlhf.finetuning.pieces import Pieces
 from moss_rlhf.finetuning.sampling import epoch_batches
 from moss_rlhf.finetuning.timetable import Thaw, Unfreeze
@@ -37,13 +39,15 @@ from moss_rlhf.finetuning.trainer import (
 )
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.processor import fast_bfloat16, processor_flags
+from moss_rlhf.model.replay import without_cache
 from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.progress import Progress
 from moss_rlhf.strategy import SCHEDULES
-from moss_rlhf.tasks import TASKS, Task, TextClassification
+from moss_rlhf.tasks import TASKS, Task, TextClassification, TextGeneration
 from moss_rlhf.tasks.loading import encoded
 
 _LOGGED_POINTS = 60  # of the loss, for the chart
+TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -80,6 +84,8 @@ def finetune(
     batch_tokens: int | None = None,
     micro_batch_size: int | None = None,
     gradient_checkpointing: bool = False,
+    packing: bool = False,
+    report_to: Sequence[str] = (),
     precision: Precision = "auto",
     teacher: Model | None = None,
     distill: Distillation | Mapping[str, Any] | None = None,
@@ -94,6 +100,8 @@ def finetune(
     batch_tokens        instead of `batch_size` rows, as many as fill this many tokens with padding.
     micro_batch_size    rows that go through the network at once: less memory, the same gradient. A batch that does not
                         fit is cut further by itself.
+    packing             of text generation: a batch's documents in one row, none of which sees another: no padding.
+    report_to           trackers to send the curves to: tensorboard, mlflow, wandb, trackio.
     early_stopping      {"patience": evaluations without a better metric before training stops}; None: never.
     teacher             a model whose answers are learned too.
     distill             how, such as {"temperature": 2.0, "weight": 0.7}; these without it.
@@ -112,6 +120,8 @@ def finetune(
     steps = epochs * len(batches)
     groups = tuple(layer_groups(model.network))
     rates = tuple(layer_learning_rates(len(groups) - 2, learning_rate, layer_decay))
+    if packing:
+        check_packing(model, train)
     bfloat16 = uses_bfloat16(precision)
     if teacher is not None:
         _check_teacher(model, teacher)
@@ -144,9 +154,10 @@ def finetune(
                 max_gradient_norm=max_gradient_norm,
                 bfloat16=bfloat16,
                 checkpointing=gradient_checkpointing,
+                report_to=trackers(report_to),
                 seed=seed,
             ),
-            collate=lambda rows: _collate(rows, model, task),
+            collate=lambda rows: _collate(rows, model, task, packing),
             train=train.add_column("row", range(len(train))),
         )
         facts = _train(trainer, folder, task, save_every_seconds, progress)
@@ -166,6 +177,19 @@ def uses_bfloat16(precision: Precision) -> bool:
     if precision == "auto":
         return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else fast_bfloat16(processor_flags())
     return precision == "bfloat16"
+
+
+def trackers(names: Sequence[str]) -> list[str]:
+    """The trackers, each of which is installed.
+
+    raises   RecipeError on an unknown one; MachineError where its package is missing.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise RecipeError(f"finetune.report_to: unknown tracker {name!r}; {nearest(name, TRACKERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise MachineError(f"finetune.report_to: {name} is not installed. Run: pip install {name}")
+    return list(names)
 
 
 def evaluate_loss(model: Model, encoded: Any, task: Task) -> dict[str, float]:
@@ -219,8 +243,9 @@ def _companions(model: Model) -> list[Companion]:
     return [KeptZeros(model.pruned)]
 
 
-def _collate(rows: Sequence[Mapping[str, Any]], model: Model, task: Task) -> dict[str, torch.Tensor]:
-    batch = task.collate(rows, model.tokenizer)
+def _collate(rows: Sequence[Mapping[str, Any]], model: Model, task: Task, packing: bool) -> dict[str, torch.Tensor]:
+    packs = packing and isinstance(task, TextGeneration)
+    batch = task.pack(rows) if packs else task.collate(rows, model.tokenizer)
     if "teacher_logits" in rows[0]:
         logits: NDArray[np.float32] = np.array([row["teacher_logits"] for row in rows], dtype=np.float32)
         batch["teacher_logits"] = torch.from_numpy(logits)
@@ -246,6 +271,7 @@ def _arguments(
     max_gradient_norm: float,
     bfloat16: bool,
     checkpointing: bool,
+    report_to: list[str],
     seed: int,
 ) -> TrainingArguments:
     return TrainingArguments(
@@ -263,7 +289,7 @@ def _arguments(
         logging_steps=max(1, steps // _LOGGED_POINTS),
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to=report_to,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -276,7 +302,7 @@ def _train(
     shutil.rmtree(folder / "partial", ignore_errors=True)  # a killed run's half-written checkpoint
     last = checkpoints(folder)[-1:]
     set_seed(trainer.args.seed)
-    with progress.bar("fine-tuning", trainer.plan.steps) as bar:
+    with without_cache(trainer.model), progress.bar("fine-tuning", trainer.plan.steps) as bar:
         conductor = Conductor(trainer, task, bar, save_every_seconds)
         trainer.add_callback(conductor)
         try:

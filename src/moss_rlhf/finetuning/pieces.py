@@ -31,6 +31,9 @@ class Pieces:
         """Each piece with the share of the batch's targets that it holds."""
         count, whole = _rows(batch), task.targets(batch["labels"])
         size = min(self.rows or count, count)
+        if size == count:
+            yield batch, 1.0
+            return
         for start in range(0, count, size):
             piece = {name: value[start : start + size] for name, value in batch.items()}
             yield piece, task.targets(piece["labels"]) / max(whole, 1)

@@ -151,7 +151,7 @@ class Replay:
     def __enter__(self) -> Replay:
         self.network.eval()
         self._open.enter_context(torch.no_grad())
-        self._open.enter_context(_without_cache(self.network))
+        self._open.enter_context(without_cache(self.network))
         for states in self.states.values():
             self._open.enter_context(states)
         return self
@@ -270,8 +270,8 @@ def _standing_in(blocks: Sequence[Block], done: int, answers: Mapping[str, Any])
 
 
 @contextmanager
-def _without_cache(network: Any) -> Iterator[None]:
-    """Generation's cache of keys and values would only cost memory."""
+def without_cache(network: Any) -> Iterator[None]:
+    """Generation's cache of keys and values would cost memory, and hides from transformers that rows are packed."""
     used = getattr(network.config, "use_cache", None)
     if used is None:
         yield

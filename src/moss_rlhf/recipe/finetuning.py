@@ -41,6 +41,10 @@ class FinetuneSpec(Spec):
         None, description="rows that go through the network at once: less memory, the same gradient"
     )
     gradient_checkpointing: bool = Field(False, description="less memory, a third more time")
+    packing: bool = Field(False, description="text-generation: a batch's documents in one row, apart from one another")
+    report_to: list[Literal["tensorboard", "mlflow", "wandb", "trackio"]] = Field(
+        default_factory=list, description="trackers that the curves are sent to"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast where the processor has it in hardware"
     )

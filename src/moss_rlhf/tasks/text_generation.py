@@ -81,6 +81,20 @@ class TextGeneration:
         batch["labels"] = np.where(batch["attention_mask"] == 1, batch["input_ids"], IGNORED)
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
+    def pack(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Encoded rows → one row of all of them, (1, tokens), without padding and without sight of one another.
+
+        Positions begin anew with each row, by which transformers' masks tell the rows apart where no attention mask is
+        given; the first token of each row is nobody's to foretell.
+        """
+        import torch
+
+        ids = [np.asarray(row["input_ids"], dtype=np.int64) for row in rows]
+        labels = [np.concatenate([[IGNORED], part[1:]]) for part in ids]
+        positions = [np.arange(len(part)) for part in ids]
+        parts = {"input_ids": ids, "position_ids": positions, "labels": labels}
+        return {name: torch.from_numpy(np.concatenate(part))[None] for name, part in parts.items()}
+
     def inputs(self, network: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the network is called with."""
         return {name: value for name, value in batch.items() if name != "labels"}
