@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 
-from moss_rlhf.errors import MachineError
 from moss_rlhf.files import read_json, write_json
 
 Compile = Literal["off", "on", "auto"]
@@ -33,7 +32,6 @@ def compile_where_it_pays(
     step      forward and backward of one batch; gradients are dropped afterwards.
     steps     of the whole training.
     folder    where the choice is kept.
-    raises    MachineError where it shall be compiled and can't.
     """
     if wanted == "off":
         return {}
@@ -86,12 +84,3 @@ def _median_seconds(network: Any, batches: Sequence[Any], step: Step) -> float:
         seconds.append(time.monotonic() - started)
     network.zero_grad()
     return statistics.median(seconds)
-
-
-def refuse_with(wanted: Compile, others: Sequence[str]) -> None:
-    """MachineError where something else changes what the network runs from step to step."""
-    if wanted != "off" and others:
-        raise MachineError(
-            f"finetune.compile: {wanted} does not go together with {', '.join(others)}, which change what runs from "
-            "step to step. Leave one of them out."
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from transformers import TrainingArguments, set_seed
 
 from moss_rlhf.errors import DataError, Interrupted, MachineError, ModelError, RecipeError, nearest
 from moss_rlhf.finetuning.companions import Companion, Companions, KeptZeros
+from moss_rlhf.finetuning.compiling import Compile, compile_where_it_pays, undo
 from moss_rlhf.finetuning.distillation import Teaching
 from moss_rlhf.finetuning.layers import layer_groups, layer_learning_rates
 from moss_rlhf.finetuning.objective import Objective
@@ -47,6 +49,7 @@ from moss_rlhf.tasks import TASKS, Task, TextClassification, TextGeneration
 from moss_rlhf.tasks.loading import encoded
 
 _LOGGED_POINTS = 60  # of the loss, for the chart
+_TIMED_BATCHES = 5  # where compiling is weighed
 TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -86,6 +89,7 @@ def finetune(
     gradient_checkpointing: bool = False,
     packing: bool = False,
     report_to: Sequence[str] = (),
+    compile: Compile = "off",
     precision: Precision = "auto",
     teacher: Model | None = None,
     distill: Distillation | Mapping[str, Any] | None = None,
@@ -102,6 +106,7 @@ def finetune(
                         fit is cut further by itself.
     packing             of text generation: a batch's documents in one row, none of which sees another: no padding.
     report_to           trackers to send the curves to: tensorboard, mlflow, wandb, trackio.
+    compile             torch.compile: off, on, or auto: both ways are timed, and the faster is kept.
     early_stopping      {"patience": evaluations without a better metric before training stops}; None: never.
     teacher             a model whose answers are learned too.
     distill             how, such as {"temperature": 2.0, "weight": 0.7}; these without it.
@@ -160,7 +165,8 @@ def finetune(
             collate=lambda rows: _collate(rows, model, task, packing),
             train=train.add_column("row", range(len(train))),
         )
-        facts = _train(trainer, folder, task, save_every_seconds, progress)
+        facts = _compiled(trainer, compile, folder)
+        facts |= _train(trainer, folder, task, save_every_seconds, progress)
     training = _training(trainer, task, bfloat16)
     return dataclasses.replace(training, facts=training.facts | facts)
 
@@ -295,6 +301,20 @@ def _arguments(
     )
 
 
+def _compiled(trainer: LayerwiseTrainer, wanted: Compile, folder: Path) -> dict[str, Any]:
+    """Compile the network, or leave it, by the time of a few real batches."""
+
+    def step(rows: Sequence[int]) -> None:
+        batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in rows]))
+        with trainer.compute_loss_context_manager():
+            loss = trainer.plan.objective(trainer.model, batch)
+        loss.backward()
+
+    some = list(itertools.islice(trainer.batches, _TIMED_BATCHES))
+    trainer.model.train()
+    return compile_where_it_pays(trainer.model, wanted, some, step, trainer.plan.steps, folder)
+
+
 def _train(
     trainer: LayerwiseTrainer, folder: Path, task: Task, save_every_seconds: float, progress: Progress
 ) -> dict[str, Any]:
@@ -311,6 +331,7 @@ def _train(
         finally:
             for group in trainer.plan.groups:
                 group.train(True)
+            undo(trainer.model)
             if trainer.args.activation_checkpointing:
                 trainer.model.activation_checkpointing_disable()
     if conductor.stop_requested.is_set():

@@ -45,6 +45,9 @@ class FinetuneSpec(Spec):
     report_to: list[Literal["tensorboard", "mlflow", "wandb", "trackio"]] = Field(
         default_factory=list, description="trackers that the curves are sent to"
     )
+    compile: Literal["off", "on", "auto"] = Field(
+        "off", description="torch.compile; auto: both ways are timed and the faster is kept"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast where the processor has it in hardware"
     )
