@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from moss_rlhf.data import DataCheck, check_data
-from moss_rlhf.errors import MachineError, ModelError, RecipeError
+from moss_rlhf.errors import MachineError, ModelError, RecipeError, nearest
 from moss_rlhf.model.anatomy import FAMILIES, BlockShape, family_of
 from moss_rlhf.model.config import (
     KEY,
@@ -151,6 +151,8 @@ def check_stages(recipe: Recipe, place: Path) -> None:
             raise RecipeError(f"{field}.scheme: int4 can't be exported to ONNX. Give int8, or leave export out.")
         if isinstance(spec, ShortenSpec) and family_of(config["model_type"]).shared:
             raise RecipeError(f"{field}: the layers of a {config['model_type']} share one block.")
+        if isinstance(spec, FinetuneSpec):
+            _check_metric(spec.metric, recipe.task, f"{field}.metric")
         if isinstance(spec, FinetuneSpec) and spec.distill:
             _check_teacher(recipe, index, spec.distill.teacher, config, f"{field}.distill.teacher")
 
@@ -197,6 +199,12 @@ def _narrowed(spec: NarrowSpec, shapes: tuple[BlockShape, ...], field: str) -> t
             f"{shapes[0].heads} heads and {shapes[0].feed_forward} neurons. Give larger shares."
         )
     return narrowed
+
+
+def _check_metric(name: str | None, task: str, field: str) -> None:
+    known = ["loss", *TASKS[task].metrics]
+    if name is not None and name not in known:
+        raise RecipeError(f"{field}: {task} has no metric {name!r}; {nearest(name, known)}")
 
 
 def _check_teacher(recipe: Recipe, index: int, teacher: str, config: dict[str, Any], field: str) -> None:

@@ -20,12 +20,13 @@ from safetensors.torch import load_model
 from transformers import TrainingArguments, set_seed
 
 from moss_rlhf.errors import DataError, Interrupted, MachineError, ModelError, RecipeError, nearest
+from moss_rlhf.finetuning.averaging import load_average, steps_to_average
 from moss_rlhf.finetuning.companions import Companion, Companions, KeptZeros
 from moss_rlhf.finetuning.compiling import Compile, compile_where_it_pays, undo
 from moss_rlhf.finetuning.distillation import Teaching
 from moss_rlhf.finetuning.layers import layer_groups, layer_learning_rates
 from moss_rlhf.finetuning.objective import Objective
-from moss_rlhf.finetuning.options import Distillation, EarlyStopping, option
+from moss_rlhf.finetuning.options import Averaging, Distillation, EarlyStopping, option
 from moss_rlhf.finetuning.packing import check_packing
 from moss_rlhf.finetuning.pieces import Pieces
 from moss_rlhf.finetuning.sampling import epoch_batches
@@ -36,7 +37,6 @@ from moss_rlhf.finetuning.trainer import (
     Conductor,
     LayerwiseTrainer,
     Plan,
-    best_of,
     checkpoints,
 )
 from moss_rlhf.model.checkpoint import Model
@@ -44,7 +44,7 @@ from moss_rlhf.model.processor import fast_bfloat16, processor_flags
 from moss_rlhf.model.replay import without_cache
 from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.progress import Progress
-from moss_rlhf.strategy import SCHEDULES
+from moss_rlhf.strategy import SCHEDULES, Judge
 from moss_rlhf.tasks import TASKS, Task, TextClassification, TextGeneration
 from moss_rlhf.tasks.loading import encoded
 
@@ -83,6 +83,8 @@ def finetune(
     unfreeze: Unfreeze = "all",
     early_stopping: EarlyStopping | Mapping[str, Any] | None = None,
     evaluations_per_epoch: int = 1,
+    metric: str | None = None,
+    average: Averaging | Mapping[str, Any] | None = None,
     length_bucketing: bool = True,
     batch_tokens: int | None = None,
     micro_batch_size: int | None = None,
@@ -108,6 +110,10 @@ def finetune(
     report_to           trackers to send the curves to: tensorboard, mlflow, wandb, trackio.
     compile             torch.compile: off, on, or auto: both ways are timed, and the faster is kept.
     early_stopping      {"patience": evaluations without a better metric before training stops}; None: never.
+    metric              of validation, by which the best weights are chosen and training stops: one of the task's, or
+                        loss; None: the task's first.
+    average             {"last": n} or {"best": n}: end with the mean of so many evaluations' weights, where validation
+                        says that it is no worse than the best of them.
     teacher             a model whose answers are learned too.
     distill             how, such as {"temperature": 2.0, "weight": 0.7}; these without it.
     workspace           where to keep checkpoints; a training interrupted there resumes from its last one and ends in
@@ -140,7 +146,9 @@ def finetune(
         weight_decay=weight_decay,
         evaluate_at=evaluation_steps(len(batches), epochs, evaluations_per_epoch),
         steps=steps,
+        judge=judge_of(task, metric),
         patience=stopping.patience if stopping else None,
+        average=_averaging(option(Averaging, average, "average")),
         dimensions=model.dimensions,
     )
     with _folder(workspace) as folder:
@@ -166,8 +174,8 @@ def finetune(
             train=train.add_column("row", range(len(train))),
         )
         facts = _compiled(trainer, compile, folder)
-        facts |= _train(trainer, folder, task, save_every_seconds, progress)
-    training = _training(trainer, task, bfloat16)
+        facts |= _train(trainer, folder, save_every_seconds, progress)
+    training = _training(trainer, bfloat16)
     return dataclasses.replace(training, facts=training.facts | facts)
 
 
@@ -199,9 +207,8 @@ def trackers(names: Sequence[str]) -> list[str]:
 
 
 def evaluate_loss(model: Model, encoded: Any, task: Task) -> dict[str, float]:
-    """Mean loss and the task's metric on encoded rows, in float32 evaluation mode."""
-    found = task.measure(model.network, encoded, model.tokenizer)
-    return {name: found[name] for name in ("loss", task.metric)}
+    """Mean loss and the task's metrics on encoded rows, in float32 evaluation mode."""
+    return task.measure(model.network, encoded, model.tokenizer)
 
 
 def _rows(model: Model, rows: Any, name: str) -> Any:
@@ -315,15 +322,13 @@ def _compiled(trainer: LayerwiseTrainer, wanted: Compile, folder: Path) -> dict[
     return compile_where_it_pays(trainer.model, wanted, some, step, trainer.plan.steps, folder)
 
 
-def _train(
-    trainer: LayerwiseTrainer, folder: Path, task: Task, save_every_seconds: float, progress: Progress
-) -> dict[str, Any]:
+def _train(trainer: LayerwiseTrainer, folder: Path, save_every_seconds: float, progress: Progress) -> dict[str, Any]:
     """Run to the end or to an interruption; leaves the best weights and returns the companions' facts."""
     shutil.rmtree(folder / "partial", ignore_errors=True)  # a killed run's half-written checkpoint
     last = checkpoints(folder)[-1:]
     set_seed(trainer.args.seed)
     with without_cache(trainer.model), progress.bar("fine-tuning", trainer.plan.steps) as bar:
-        conductor = Conductor(trainer, task, bar, save_every_seconds)
+        conductor = Conductor(trainer, bar, save_every_seconds)
         trainer.add_callback(conductor)
         try:
             with conductor.catching_interrupt():
@@ -338,18 +343,52 @@ def _train(
         raise Interrupted("stopped at the last step; run again to go on from the checkpoint before")
     trainer.model.cpu()
     load_model(trainer.model, folder / BEST)
+    facts = _averaged(trainer, folder) if trainer.plan.average else {}
     trainer.model.eval()
-    return trainer.plan.companions.finish()
+    return facts | trainer.plan.companions.finish()
 
 
-def _training(trainer: LayerwiseTrainer, task: Task, bfloat16: bool) -> Training:
+def _averaged(trainer: LayerwiseTrainer, folder: Path) -> dict[str, Any]:
+    """Leave the mean of the kept weights in the network, or the best ones where the mean is worse."""
+    plan, log = trainer.plan, trainer.state.log_history
+    steps = steps_to_average(log, plan.average or Averaging(last=1), plan.judge)
+    load_average(trainer.model, steps, folder)
+    found = {f"eval_{name}": value for name, value in trainer.evaluator().items()} | {"step": plan.steps}
+    best = next(entry for entry in log if plan.judge.sees(entry) and entry["step"] == plan.judge.best(log).step)
+    kept = plan.judge.rank(found) >= plan.judge.rank(best)
+    if not kept:
+        load_model(trainer.model, folder / BEST)
+    name = plan.judge.metric
+    return {"average": {"of_steps": steps, f"validation_{name}": found[f"eval_{name}"], "kept": kept}}
+
+
+def judge_of(task: Task, metric: str | None) -> Judge:
+    """By which of the task's metrics checkpoints are compared.
+
+    raises   RecipeError where the task does not have it.
+    """
+    known = ["loss", *task.metrics]
+    name = metric or task.metric
+    if name not in known:
+        raise RecipeError(f"finetune.metric: {task.name} has no metric {name!r}; {nearest(name, known)}")
+    return Judge(name, name == "loss" or name in task.lower_is_better)
+
+
+def _averaging(options: Averaging | None) -> Averaging | None:
+    if options is not None and (options.last is None) == (options.best is None):
+        raise RecipeError("finetune.average: give either last or best, such as {best: 3}.")
+    return options
+
+
+def _training(trainer: LayerwiseTrainer, bfloat16: bool) -> Training:
     log = trainer.state.log_history
-    best = best_of(log, task)
+    judge = trainer.plan.judge
+    best = judge.best(log)
     evaluations = [entry for entry in log if "eval_loss" in entry]
     facts = {
         "steps": trainer.state.global_step,
         "best_step": best.step,
-        f"best_validation_{task.metric}": best.metric,
+        f"best_validation_{judge.metric}": best.metric,
         "stopped_early": trainer.state.global_step < trainer.plan.steps,
         "precision": "bfloat16 autocast" if bfloat16 else "float32",
         "seconds": trainer.seconds,
@@ -361,7 +400,7 @@ def _training(trainer: LayerwiseTrainer, task: Task, bfloat16: bool) -> Training
     history = {
         "train": [_pick(entry, "loss", "learning_rate") for entry in log if "learning_rate" in entry],
         "validation": [
-            _pick({key.removeprefix("eval_"): value for key, value in entry.items()}, "loss", task.metric)
+            _pick(entry) | {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
             for entry in evaluations
         ],
     }

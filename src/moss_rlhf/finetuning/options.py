@@ -27,6 +27,14 @@ class Distillation:
     weight: float = 0.7
 
 
+@dataclass(frozen=True)
+class Averaging:
+    """The mean of the `last` evaluations' weights, or of the `best`; one of them is given."""
+
+    last: int | None = None
+    best: int | None = None
+
+
 def option(kind: type[Options], value: Options | Mapping[str, Any] | None, name: str) -> Options | None:
     """`value` as a `kind`; None stays None.
 

@@ -17,7 +17,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,16 +33,17 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from moss_rlhf.errors import Interrupted, ModelError
 from moss_rlhf.files import new_file
+from moss_rlhf.finetuning.averaging import keep_for_average, steps_to_average
 from moss_rlhf.finetuning.companions import Companions
 from moss_rlhf.finetuning.layers import LayerGroup
 from moss_rlhf.finetuning.objective import Objective
+from moss_rlhf.finetuning.options import Averaging
 from moss_rlhf.finetuning.pieces import Pieces, in_pieces
 from moss_rlhf.finetuning.sampling import EpochBatches
 from moss_rlhf.finetuning.timetable import Timetable
 from moss_rlhf.model.cost import Dimensions, training_flops
 from moss_rlhf.progress import Bar
-from moss_rlhf.strategy import Best
-from moss_rlhf.tasks import Task
+from moss_rlhf.strategy import Judge
 
 SAVE_EVERY_SECONDS = 60.0
 BEST = "best.safetensors"
@@ -62,17 +63,10 @@ class Plan:
     weight_decay: float
     evaluate_at: frozenset[int]  # steps
     steps: int
+    judge: Judge
     patience: int | None
+    average: Averaging | None
     dimensions: Dimensions
-
-
-def best_of(log_history: Sequence[Mapping[str, float]], task: Task) -> Best:
-    """The best evaluation of a log; so a resumed run needs no other memory of it."""
-    best, name = Best(lower_is_better=task.metric in task.lower_is_better), f"eval_{task.metric}"
-    for entry in log_history:
-        if name in entry:
-            best = best.after(entry[name], entry["eval_loss"], int(entry["step"]))
-    return best
 
 
 class LayerwiseTrainer(Trainer):
@@ -236,8 +230,8 @@ def checkpoints(folder: Path) -> list[Path]:
 class Conductor(TrainerCallback):
     """Freezes and thaws layers, leads the companions, decides when to evaluate, save and stop, shows how it goes."""
 
-    def __init__(self, trainer: LayerwiseTrainer, task: Task, bar: Bar, save_every_seconds: float) -> None:
-        self.trainer, self.plan, self.task, self.bar = trainer, trainer.plan, task, bar
+    def __init__(self, trainer: LayerwiseTrainer, bar: Bar, save_every_seconds: float) -> None:
+        self.trainer, self.plan, self.bar = trainer, trainer.plan, bar
         self.save_every_seconds = save_every_seconds
         self.stop_requested = threading.Event()
         self.saved_at = time.monotonic()
@@ -264,14 +258,19 @@ class Conductor(TrainerCallback):
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
-        names = {"loss": "loss", "learning_rate": "rate", f"eval_{self.task.metric}": self.task.metric}
+        metric = self.plan.judge.metric
+        names = {"loss": "loss", "learning_rate": "rate", f"eval_{metric}": metric}
         self.shown |= {names[name]: value for name, value in (logs or {}).items() if name in names}
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        best = best_of(state.log_history, self.task)
-        if best.step == state.global_step:
-            with new_file(Path(args.output_dir) / BEST) as place, self.plan.companions.as_shipped():
-                save_model(self.trainer.model, str(place))
+        best, folder = self.plan.judge.best(state.log_history), Path(args.output_dir)
+        with self.plan.companions.as_shipped():
+            if best.step == state.global_step:
+                with new_file(folder / BEST) as place:
+                    save_model(self.trainer.model, str(place))
+            if self.plan.average:
+                wanted = steps_to_average(state.log_history, self.plan.average, self.plan.judge)
+                keep_for_average(self.trainer.model, state.global_step, wanted, folder)
         tired = self.plan.patience is not None and best.waited >= self.plan.patience
         control.should_training_stop |= tired
         # from a checkpoint of the end, training would go on, past early stopping; from the one before, it ends the same

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from moss_rlhf.recipe.spec import Positive, Spec
 
 
 class EarlyStoppingSpec(Spec):
     patience: Positive = Field(2, description="evaluations without a better metric before training stops")
+
+
+class AverageSpec(Spec):
+    """End with the mean of several evaluations' weights, where it is no worse than the best of them."""
+
+    last: Annotated[int, Field(ge=2)] | None = None
+    best: Annotated[int, Field(ge=2)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> AverageSpec:
+        if (self.last is None) == (self.best is None):
+            raise PydanticCustomError("nothing", "give either last or best, such as {{best: 3}}")
+        return self
 
 
 class DistillSpec(Spec):
@@ -33,6 +47,10 @@ class FinetuneSpec(Spec):
     unfreeze: Literal["all", "gradual"] = Field("all", description="gradual: from the head down, one group at a time")
     early_stopping: EarlyStoppingSpec | None = None
     evaluations_per_epoch: Positive = 1
+    metric: str | None = Field(
+        None, description="of validation, for the best checkpoint and early stopping; the task's first, or loss"
+    )
+    average: AverageSpec | None = None
     length_bucketing: bool = Field(True, description="batches of similar lengths: less padding")
     batch_tokens: Annotated[int, Field(ge=16)] | None = Field(
         None, description="instead of batch_size rows, as many as fill this many tokens, padding included"

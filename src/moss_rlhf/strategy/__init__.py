@@ -1,6 +1,6 @@
 """Schedules and stopping: pure functions."""
 
 from moss_rlhf.strategy.schedules import SCHEDULES, Schedule, constant, linear, slanted_triangular
-from moss_rlhf.strategy.stopping import Best
+from moss_rlhf.strategy.stopping import Best, Judge
 
-__all__ = ["SCHEDULES", "Best", "Schedule", "constant", "linear", "slanted_triangular"]
+__all__ = ["SCHEDULES", "Best", "Judge", "Schedule", "constant", "linear", "slanted_triangular"]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moss_rlhf.data import Column
 from moss_rlhf.model.runtime import Runtime, TorchRuntime
 from moss_rlhf.tasks.batching import by_length, chunks, pad, padding_of
-from moss_rlhf.tasks.metrics import Metric, accuracy, macro_f1
+from moss_rlhf.tasks.metrics import Metric, accuracy, confusion, macro_f1
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -92,12 +92,13 @@ class TextClassification:
         return logits
 
     def measure(self, network: Any, encoded: Dataset, tokenizer: Any) -> dict[str, float]:
-        """Mean loss and accuracy of encoded rows."""
+        """Mean loss and metrics of encoded rows."""
         import torch
 
         logits, labels = self.predict(TorchRuntime(network), encoded, tokenizer), np.asarray(encoded["labels"])
         loss = float(self.loss(torch.from_numpy(logits), torch.from_numpy(labels)))
-        return {"loss": loss, "accuracy": float(np.mean(self.answers(logits) == labels))}
+        counts = confusion(labels, self.answers(logits), logits.shape[1])
+        return {"loss": loss} | {name: float(metric(counts)) for name, metric in self.metrics.items()}
 
     def loss(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in float32. logits (batch, classes), labels (batch,)."""
