@@ -257,12 +257,17 @@ def _companions(model: Model) -> list[Companion]:
 
 
 def _collate(rows: Sequence[Mapping[str, Any]], model: Model, task: Task, packing: bool) -> dict[str, torch.Tensor]:
-    packs = packing and isinstance(task, TextGeneration)
-    batch = task.pack(rows) if packs else task.collate(rows, model.tokenizer)
+    if packing and isinstance(task, TextGeneration):
+        return task.pack(rows) | _row_positions(rows)
+    batch = task.collate(rows, model.tokenizer)
     if "teacher_logits" in rows[0]:
         logits: NDArray[np.float32] = np.array([row["teacher_logits"] for row in rows], dtype=np.float32)
         batch["teacher_logits"] = torch.from_numpy(logits)
-    return batch | {"row": torch.tensor([row["row"] for row in rows])}
+    return batch | _row_positions(rows)
+
+
+def _row_positions(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    return {"row": torch.tensor([row["row"] for row in rows])}
 
 
 @contextmanager
@@ -315,7 +320,7 @@ def _compiled(trainer: LayerwiseTrainer, wanted: Compile, folder: Path) -> dict[
         batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in rows]))
         with trainer.compute_loss_context_manager():
             loss = trainer.plan.objective(trainer.model, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     some = list(itertools.islice(trainer.batches, _TIMED_BATCHES))
     trainer.model.train()

@@ -95,7 +95,7 @@ class LayerwiseTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset,
-            batch_sampler=self.batches,  # type: ignore[arg-type]  # an iterable of lists of positions
+            batch_sampler=self.batches,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
         )
