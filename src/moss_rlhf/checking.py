@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import os
 import shutil
@@ -138,6 +139,7 @@ def check_stages(recipe: Recipe, place: Path) -> None:
             f"model: {recipe.model} is a {config['model_type']}; recipes classify texts with encoders ({encoders}). "
             "From Python every method works on it: see docs/decoders.md."
         )
+    _check_search(recipe)
     for file in weight_files(place):
         read_header(file)  # says which file is broken
     shapes = block_shapes(config)
@@ -199,6 +201,17 @@ def _narrowed(spec: NarrowSpec, shapes: tuple[BlockShape, ...], field: str) -> t
             f"{shapes[0].heads} heads and {shapes[0].feed_forward} neurons. Give larger shares."
         )
     return narrowed
+
+
+def _check_search(recipe: Recipe) -> None:
+    known = TASKS[recipe.task].metrics
+    if recipe.search and recipe.search.metric is not None and recipe.search.metric not in known:
+        raise RecipeError(
+            f"search.metric: {recipe.task} has no metric {recipe.search.metric!r}; "
+            f"{nearest(recipe.search.metric, known)}"
+        )
+    if recipe.search and importlib.util.find_spec("optuna") is None:
+        raise MachineError("search: optuna is not installed. Run: pip install 'moss-rlhf[search]'")
 
 
 def _check_metric(name: str | None, task: str, field: str) -> None:

@@ -18,6 +18,7 @@ from moss_rlhf.progress import Progress, quiet_libraries
 from moss_rlhf.recipe import Recipe, make_recipe, read_recipe, recipe_values, recipe_yaml, stage_kind, stage_spec
 from moss_rlhf.reporting import write_page
 from moss_rlhf.rundir import open_run
+from moss_rlhf.searching import Measured, search
 from moss_rlhf.stages import StageContext, apply_stage
 
 
@@ -34,7 +35,8 @@ def run(
     with open_run(Path(recipe.output), fresh) as place:
         write_text(place.path / "recipe.yaml", recipe_yaml(recipe))
         progress = progress.logging_to(place.log)
-        session = prepare(recipe, place, progress, same_threads())
+        found = search(recipe, recipe.search, on_validation, place.path / "search", progress) if recipe.search else None
+        session = prepare(found.recipe if found else recipe, place, progress, same_threads())
         for note in session.notes:
             progress.say(f"note: {note}")
         if (finished := _finished_report(session)) is not None:
@@ -42,10 +44,20 @@ def run(
             return finished
         stages = [_do_stage(session, index) for index in range(len(recipe.stages))]
         report = _header(session) | _compare(session) | {"stages": stages, "cost": _cost(session, stages)}
+        report |= {"search": found.facts} if found else {}
         write_page(report, place.path / "report.html")
         write_json(place.path / "report.json", report)  # last: it says that all else stands
         progress.event("finished", gain=report["gain"])
         return report
+
+
+def on_validation(recipe: Recipe, metric: str, progress: Progress) -> Measured:
+    """Run the stages alone and look at validation: a trial of a search, which never sees the test split's answers."""
+    with open_run(Path(recipe.output)) as place:
+        session = prepare(recipe, place, progress.logging_to(place.log), same_threads())
+        stages = [_do_stage(session, index) for index in range(len(recipe.stages))]
+    found = stages[-1]["measurement"]["metrics"][metric]["value"]
+    return Measured(found, tuple(folder.path for folder in session.folders))
 
 
 def _as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:

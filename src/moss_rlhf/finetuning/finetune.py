@@ -157,7 +157,7 @@ def finetune(
             evaluator=lambda: evaluate_loss(model, validation, task),
             batches=batches,
             pieces=Pieces(micro_batch_size),
-            say=progress.say,
+            progress=progress,
             network=model.network,
             arguments=_arguments(
                 folder,

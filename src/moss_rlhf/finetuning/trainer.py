@@ -42,7 +42,7 @@ from moss_rlhf.finetuning.pieces import Pieces, in_pieces
 from moss_rlhf.finetuning.sampling import EpochBatches
 from moss_rlhf.finetuning.timetable import Timetable
 from moss_rlhf.model.cost import Dimensions, training_flops
-from moss_rlhf.progress import Bar
+from moss_rlhf.progress import Bar, Progress
 from moss_rlhf.strategy import Judge
 
 SAVE_EVERY_SECONDS = 60.0
@@ -79,14 +79,14 @@ class LayerwiseTrainer(Trainer):
         evaluator: Callable[[], dict[str, float]],
         batches: EpochBatches,
         pieces: Pieces,
-        say: Callable[[str], None],
+        progress: Progress,
         network: Any,
         arguments: TrainingArguments,
         collate: Callable[[Any], Any],
         train: Any,
     ) -> None:
         super().__init__(model=network, args=arguments, data_collator=collate, train_dataset=train)
-        self.plan, self.evaluator, self.batches, self.pieces, self.say = plan, evaluator, batches, pieces, say
+        self.plan, self.evaluator, self.batches, self.pieces, self.progress = plan, evaluator, batches, pieces, progress
         self.remove_callback(PrinterCallback)
         self._folder: str | None = None
         self._carried_seconds = 0.0
@@ -151,7 +151,7 @@ class LayerwiseTrainer(Trainer):
         self.optimizer.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.say(f"  a batch does not fit into memory; going on in pieces of {rows} rows, to the same result")
+        self.progress.say(f"  a batch does not fit into memory; going on in pieces of {rows} rows, to the same result")
 
     def _refuse_infinite(self, loss: Tensor, piece: Mapping[str, Tensor]) -> None:
         if not loss.isfinite():
@@ -168,8 +168,10 @@ class LayerwiseTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         with self.plan.companions.as_shipped():
-            metrics = {f"eval_{name}": value for name, value in self.evaluator().items()}
+            found = self.evaluator()
+        metrics = {f"eval_{name}": value for name, value in found.items()}
         self.log(metrics)
+        self.progress.event("evaluated", step=self.state.global_step, **found)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

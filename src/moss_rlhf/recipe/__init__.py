@@ -3,8 +3,17 @@
 from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
 from moss_rlhf.recipe.data import DataSpec, SplitLayout
 from moss_rlhf.recipe.finetuning import DistillSpec, EarlyStoppingSpec, FinetuneSpec
-from moss_rlhf.recipe.reading import apply_override, make_recipe, parse_yaml, read_recipe, recipe_values, recipe_yaml
+from moss_rlhf.recipe.reading import (
+    apply_override,
+    make_recipe,
+    parse_yaml,
+    read_recipe,
+    recipe_values,
+    recipe_yaml,
+    with_values,
+)
 from moss_rlhf.recipe.schema import EvaluateSpec, Recipe, stages_before_compression
+from moss_rlhf.recipe.search import RangeSpec, SearchSpec
 from moss_rlhf.recipe.stages import stage_kind, stage_spec
 
 __all__ = [
@@ -16,7 +25,9 @@ __all__ = [
     "NarrowSpec",
     "PruneSpec",
     "QuantizeSpec",
+    "RangeSpec",
     "Recipe",
+    "SearchSpec",
     "SensitivitySpec",
     "ShortenSpec",
     "SplitLayout",
@@ -29,4 +40,5 @@ __all__ = [
     "stage_kind",
     "stage_spec",
     "stages_before_compression",
+    "with_values",
 ]

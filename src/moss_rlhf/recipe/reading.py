@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from moss_rlhf.errors import RecipeError
 from moss_rlhf.recipe.schema import Recipe
+from moss_rlhf.recipe.search import candidates
 from moss_rlhf.recipe.spec import OUR_FAULTS
 from moss_rlhf.recipe.stages import STAGE_KINDS
 
@@ -137,11 +138,39 @@ def _position(target: list[Any], name: str, override: str) -> int:
 def make_recipe(values: Mapping[str, Any], place: str = "recipe") -> Recipe:
     """A Recipe from plain values; RecipeError with one line a fault."""
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
+        _check_space(recipe)
+        return recipe
     except ValidationError as error:
         every = error.errors()
         faults = [fault for fault in every if not _beside_the_point(fault)] or every
         raise RecipeError("\n".join(f"{place}: {line}" for line in _explain(faults))) from None
+
+
+def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The recipe with some fields set: {dotted path: value}; checked as if it had been written so.
+
+    raises  RecipeError.
+    """
+    whole = recipe_values(recipe)
+    for path, value in values.items():
+        target: Any = whole
+        *parents, last = path.split(".")
+        for name in parents:
+            target = _descend(target, name, path)
+        _assign(target, last, value, path)
+    return make_recipe(whole)
+
+
+def _check_space(recipe: Recipe) -> None:
+    """Every field of the search exists, and takes every value; of a range, its ends."""
+    base = recipe.model_copy(update={"search": None})
+    for field, choice in (recipe.search.space if recipe.search else {}).items():
+        for value in candidates(choice):
+            try:
+                with_values(base, {field: value})
+            except RecipeError as error:
+                raise RecipeError(f"search.space.{field}: {value!r} can't be tried: {error}") from None
 
 
 def _beside_the_point(fault: Any) -> bool:

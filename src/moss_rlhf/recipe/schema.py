@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from moss_rlhf.recipe.data import DataSpec
+from moss_rlhf.recipe.search import SearchSpec
 from moss_rlhf.recipe.spec import Positive, Spec
 from moss_rlhf.recipe.stages import Stage, allow_short_forms, stage_kind
 
@@ -33,6 +34,7 @@ class Recipe(Spec):
     model: str = Field(description="hub id or local directory")
     data: DataSpec
     stages: list[Stage] = Field(min_length=1, json_schema_extra=allow_short_forms)
+    search: SearchSpec | None = Field(None, description="find the best values of some fields on validation first")
     evaluate: EvaluateSpec = EvaluateSpec()
     export: list[Literal["onnx"]] = Field(default_factory=list)
     trust_remote_code: bool = Field(
