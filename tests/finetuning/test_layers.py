@@ -4,7 +4,7 @@ import pytest
 
 from moss_rlhf.finetuning import layer_learning_rates
 from moss_rlhf.finetuning.layers import layer_groups
-from moss_rlhf.finetuning.timetable import lowest_trained
+from moss_rlhf.strategy import lowest_trained
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache as cached
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +21,21 @@ from transformers import TrainingArguments, set_seed
 from moss_rlhf.errors import DataError, Interrupted, ModelError
 from moss_rlhf.finetuning.companions import Companion, Companions, KeptZeros
 from moss_rlhf.finetuning.distillation import Teaching
-from moss_rlhf.finetuning.layers import layer_groups, layer_learning_rates
+from moss_rlhf.finetuning.layers import layer_groups
 from moss_rlhf.finetuning.objective import Objective
-from moss_rlhf.finetuning.options import Distillation, EarlyStopping, option
+from moss_rlhf.finetuning.options import (
+    Cache,
+    CacheOption,
+    Distillation,
+    EarlyStopping,
+    Phase,
+    ScheduleName,
+    cache_option,
+    option,
+)
+from moss_rlhf.finetuning.planning import Layers, damage_of, epochs_of, phases_of, timetable_of
+from moss_rlhf.finetuning.prefix_cache import PrefixCache, Rows, Still, frozen_at, plan_cache, states_bytes
 from moss_rlhf.finetuning.sampling import EpochSampler
-from moss_rlhf.finetuning.timetable import Thaw, Unfreeze
 from moss_rlhf.finetuning.trainer import (
     BEST,
     SAVE_EVERY_SECONDS,
@@ -36,9 +47,10 @@ from moss_rlhf.finetuning.trainer import (
 )
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.processor import fast_bfloat16, processor_flags
+from moss_rlhf.model.reinitialise import draw_blocks
 from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.progress import Progress
-from moss_rlhf.strategy import SCHEDULES
+from moss_rlhf.strategy import Unfreeze
 from moss_rlhf.tasks import TASKS, Task, TextClassification
 from moss_rlhf.tasks.loading import encoded
 
@@ -64,15 +76,19 @@ def finetune(
     train: Any,
     validation: Any,
     *,
-    epochs: int = 3,
+    epochs: int | None = None,
     learning_rate: float = 5e-5,
     batch_size: int = 32,
-    schedule: Literal["linear", "slanted_triangular", "constant"] = "linear",
+    schedule: ScheduleName = "linear",
     warmup: float = 0.1,
     weight_decay: float = 0.01,
     max_gradient_norm: float = 1.0,
     layer_decay: float = 1.0,
     unfreeze: Unfreeze = "all",
+    phases: Sequence[Phase | Mapping[str, Any]] | None = None,
+    layers: Layers = "by_depth",
+    reinitialise: int = 0,
+    cache: CacheOption = "auto",
     early_stopping: EarlyStopping | Mapping[str, Any] | None = None,
     evaluations_per_epoch: int = 1,
     length_bucketing: bool = True,
@@ -81,18 +97,28 @@ def finetune(
     distill: Distillation | Mapping[str, Any] | None = None,
     seed: int = 0,
     workspace: Path | None = None,
+    cache_folder: Path | None = None,
     save_every_seconds: float = SAVE_EVERY_SECONDS,
     progress: Progress | None = None,
 ) -> Training:
     """Train `model` in place and leave it with the weights of its best evaluation.
 
     train, validation   rows with the task's columns, labels included; or encoded already.
+    epochs              3; with phases, their sum.
+    phases              [{"train": ["head", "block.5"], "epochs": 1, "learning_rate": 1e-3}, …]: what trains when; what
+                        a phase leaves out is as here.
+    layers              by_damage: rates, and the order of `unfreeze="gradual"`, follow `model.sensitivity`.
+    reinitialise        so many of the highest blocks are drawn anew before the first step.
+    cache               whether frozen blocks are run once: auto, off, required, or {"dtype", "bytes", "epochs",
+                        "required"} (`prefix_cache.py`).
+    cache_folder        where their outputs stay for other trainings too; None: in the workspace, removed at the end.
     early_stopping      {"patience": evaluations without a better metric before training stops}; None: never.
     teacher             a model whose answers are learned too.
     distill             how, such as {"temperature": 2.0, "weight": 0.7}; these without it.
     workspace           where to keep checkpoints; a training interrupted there resumes from its last one and ends in
                         the same bits. None: nothing is kept.
-    raises              DataError where there are no rows; ModelError where the model is quantized, the teacher has
+    raises              DataError where there are no rows; RecipeError on phases that can't be; MachineError where a
+                        required cache can't be had; ModelError where the model is quantized, the teacher has
                         other labels or another vocabulary, or the loss is no longer finite; Interrupted after
                         Ctrl-C, once a checkpoint is written.
     """
@@ -101,32 +127,63 @@ def finetune(
     task = TASKS[model.task]
     train, validation = _rows(model, train, "train"), _rows(model, validation, "validation")
     stopping, progress = option(EarlyStopping, early_stopping, "early_stopping"), progress or Progress(quiet=True)
+    groups = tuple(layer_groups(model.network))
+    names = [group.name for group in groups]
+    planned = phases_of(phases, names, unfreeze)
+    epochs = epochs_of(epochs, planned)
     steps_per_epoch = -(-len(train) // batch_size)
     steps = epochs * steps_per_epoch
-    groups = tuple(layer_groups(model.network))
-    rates = tuple(layer_learning_rates(len(groups) - 2, learning_rate, layer_decay))
+    timetable = timetable_of(
+        names,
+        planned,
+        unfreeze=unfreeze,
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        warmup=warmup,
+        layer_decay=layer_decay,
+        damage=damage_of(model.sensitivity, names) if layers == "by_damage" else None,
+    )
     bfloat16 = uses_bfloat16(precision)
     if teacher is not None:
         _check_teacher(model, teacher)
         if isinstance(task, TextClassification):
             train = _with_teacher(train, teacher, task, progress)
-    plan = Plan(
-        groups=groups,
-        timetable=Thaw(rates, unfreeze, SCHEDULES[schedule], warmup, steps),
-        objective=Objective(task, _teaching(task, teacher, option(Distillation, distill, "distill"))),
-        companions=Companions(_companions(model)),
-        weight_decay=weight_decay,
-        evaluate_at=evaluation_steps(steps_per_epoch, epochs, evaluations_per_epoch),
-        steps=steps,
-        patience=stopping.patience if stopping else None,
-        dimensions=model.dimensions,
-    )
-    sampler = EpochSampler(train["length"], batch_size, seed, length_bucketing)
+    if reinitialise and not (workspace and checkpoints(workspace)):
+        draw_blocks(model.network, reinitialise, seed, model.pruned)
     with _folder(workspace) as folder:
+        companions = _companions(model)
+        still = Still(model.network, names, timetable)
+        caching = _caching(
+            model,
+            train,
+            frozen_at(timetable, steps),
+            cache_option(cache),
+            steps_per_epoch=steps_per_epoch,
+            bfloat16=bfloat16,
+            folder=cache_folder or folder / "prefix",
+            shared=cache_folder is not None,
+            obstacle="" if not any(each.alters_forward for each in companions) else "weights are altered on the way",
+            progress=progress,
+        )
+        if caching is not None and caching.plan.runs:
+            train = train.add_column("row", list(range(len(train))))
+        plan = Plan(
+            groups=groups,
+            timetable=timetable,
+            objective=Objective(task, _teaching(task, teacher, option(Distillation, distill, "distill"))),
+            companions=Companions([still, *([caching] if caching else []), *companions]),
+            weight_decay=weight_decay,
+            evaluate_at=evaluation_steps(steps_per_epoch, epochs, evaluations_per_epoch),
+            steps=steps,
+            patience=stopping.patience if stopping else None,
+            dimensions=model.dimensions,
+        )
         trainer = LayerwiseTrainer(
             plan=plan,
             evaluator=lambda: evaluate_loss(model, validation, task),
-            sampler=sampler,
+            sampler=EpochSampler(train["length"], batch_size, seed, length_bucketing),
             network=model.network,
             arguments=_arguments(
                 folder,
@@ -143,6 +200,39 @@ def finetune(
         facts = _train(trainer, folder, task, save_every_seconds, progress)
     training = _training(trainer, task, bfloat16)
     return dataclasses.replace(training, facts=training.facts | facts)
+
+
+def _caching(
+    model: Model,
+    train: Any,
+    frozen: Sequence[int],
+    options: Cache | None,
+    *,
+    steps_per_epoch: int,
+    bfloat16: bool,
+    folder: Path,
+    shared: bool,
+    obstacle: str,
+    progress: Progress,
+) -> PrefixCache | None:
+    """What runs frozen blocks once, or says why it does not; None where nothing stays frozen for long."""
+    dimensions = model.dimensions
+    rows = cached(lambda: Rows.of(TASKS[model.task], train, model.tokenizer))  # only where something is to be kept
+    plan = plan_cache(
+        options,
+        frozen,
+        steps_per_epoch,
+        bytes_of=lambda blocks, dtype: states_bytes(rows(), model.network, blocks, dimensions.hidden, dtype),
+        bfloat16=bfloat16,
+        folder=folder,
+        shared=shared,
+        obstacle=obstacle,
+    )
+    if plan.why_not:
+        progress.say(f"  frozen blocks run at every step: {plan.why_not}")
+    if not (plan.runs or plan.why_not):
+        return None
+    return PrefixCache(model.network, dimensions, rows(), plan, progress.say)
 
 
 def evaluation_steps(steps_per_epoch: int, epochs: int, per_epoch: int) -> frozenset[int]:
@@ -215,6 +305,8 @@ def _collate(rows: Sequence[Mapping[str, Any]], model: Model, task: Task) -> dic
     if "teacher_logits" in rows[0]:
         logits: NDArray[np.float32] = np.array([row["teacher_logits"] for row in rows], dtype=np.float32)
         batch["teacher_logits"] = torch.from_numpy(logits)
+    if "row" in rows[0]:
+        batch["row"] = torch.tensor([row["row"] for row in rows])
     return batch
 
 

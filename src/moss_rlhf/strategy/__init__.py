@@ -2,5 +2,18 @@
 
 from moss_rlhf.strategy.schedules import SCHEDULES, Schedule, constant, linear, slanted_triangular
 from moss_rlhf.strategy.stopping import Best
+from moss_rlhf.strategy.thawing import Run, Unfreeze, cached_runs, frozen_blocks, lowest_trained
 
-__all__ = ["SCHEDULES", "Best", "Schedule", "constant", "linear", "slanted_triangular"]
+__all__ = [
+    "SCHEDULES",
+    "Best",
+    "Run",
+    "Schedule",
+    "Unfreeze",
+    "cached_runs",
+    "constant",
+    "frozen_blocks",
+    "linear",
+    "lowest_trained",
+    "slanted_triangular",
+]
