@@ -129,7 +129,7 @@ def finetune(
     stopping, progress = option(EarlyStopping, early_stopping, "early_stopping"), progress or Progress(quiet=True)
     groups = tuple(layer_groups(model.network))
     names = [group.name for group in groups]
-    planned = phases_of(phases, names, unfreeze)
+    planned = phases_of(phases, {group.name: len(group.parameters) for group in groups}, unfreeze)
     epochs = epochs_of(epochs, planned)
     steps_per_epoch = -(-len(train) // batch_size)
     steps = epochs * steps_per_epoch

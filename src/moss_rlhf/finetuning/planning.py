@@ -17,29 +17,38 @@ EPOCHS = 3  # where neither `epochs` nor `phases` says otherwise
 
 
 def phases_of(
-    given: Sequence[Phase | Mapping[str, Any]] | None, groups: Sequence[str], unfreeze: Unfreeze
+    given: Sequence[Phase | Mapping[str, Any]] | None, groups: Mapping[str, int], unfreeze: Unfreeze
 ) -> list[Phase]:
     """The phases, every one of them possible; none given: [].
 
-    raises   RecipeError on a group that the network does not have, or `unfreeze` beside phases.
+    groups   {name: how many parameters}.
+    raises   RecipeError on a group that the network does not have, on a phase that would train nothing, or `unfreeze`
+             beside phases.
     """
     phases = [option(Phase, phase, f"phases.{index}") or Phase() for index, phase in enumerate(given or ())]
     if given is not None and not phases:
         raise RecipeError("finetune.phases: is empty; give at least one, or leave it out.")
     if phases and unfreeze != "all":
         raise RecipeError(f"finetune.unfreeze: {unfreeze} and phases both say what trains when; give one of them.")
+    if unfreeze != "all" and not groups["head"]:
+        raise RecipeError(
+            f"finetune.unfreeze: {unfreeze} trains the head alone first, and this network's is tied to the embeddings. "
+            "Give phases whose first one trains a block too."
+        )
     for index, phase in enumerate(phases):
         _check(phase, f"finetune.phases.{index}", groups)
     return phases
 
 
-def _check(phase: Phase, place: str, groups: Sequence[str]) -> None:
+def _check(phase: Phase, place: str, groups: Mapping[str, int]) -> None:
     names = [] if phase.train == "all" else phase.train
     if isinstance(names, str) or (phase.train != "all" and not names):
         raise RecipeError(f"{place}.train: {phase.train!r} can't be used; give all, or a list such as [head, block.5].")
     for name in names:
         if name not in groups:
             raise RecipeError(f"{place}.train: there is no group {name!r}. The groups are {', '.join(groups)}.")
+    if names and not any(groups[name] for name in names):
+        raise RecipeError(f"{place}.train: {', '.join(names)} of this network is tied to the embeddings. Add a block.")
     if phase.epochs < 1:
         raise RecipeError(f"{place}.epochs: {phase.epochs} trains nothing; give at least 1.")
     if phase.learning_rate is not None and phase.learning_rate <= 0:

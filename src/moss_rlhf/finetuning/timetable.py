@@ -101,6 +101,5 @@ def head_first(rates: Sequence[float], schedule: Schedule, warmup: float, steps:
     """
     alone = head_alone(steps)
     probing = Stretch((*(0.0 for _ in rates[:-1]), rates[-1]), schedule, warmup, alone)
-    return Phases(
-        tuple(part for part in (probing, Stretch(tuple(rates), schedule, warmup, steps - alone)) if part.steps)
-    )
+    tuning = Stretch(tuple(rates), schedule, warmup, steps - alone)
+    return Phases((probing, tuning) if alone else (tuning,))
