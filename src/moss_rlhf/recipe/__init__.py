@@ -2,18 +2,20 @@
 
 from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
 from moss_rlhf.recipe.data import DataSpec, SplitLayout
-from moss_rlhf.recipe.finetuning import DistillSpec, EarlyStoppingSpec, FinetuneSpec
+from moss_rlhf.recipe.finetuning import CacheSpec, DistillSpec, EarlyStoppingSpec, FinetuneSpec, PhaseSpec
 from moss_rlhf.recipe.reading import apply_override, make_recipe, parse_yaml, read_recipe, recipe_values, recipe_yaml
 from moss_rlhf.recipe.schema import EvaluateSpec, Recipe, stages_before_compression
 from moss_rlhf.recipe.stages import stage_kind, stage_spec
 
 __all__ = [
+    "CacheSpec",
     "DataSpec",
     "DistillSpec",
     "EarlyStoppingSpec",
     "EvaluateSpec",
     "FinetuneSpec",
     "NarrowSpec",
+    "PhaseSpec",
     "PruneSpec",
     "QuantizeSpec",
     "Recipe",
