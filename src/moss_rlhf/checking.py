@@ -440,7 +440,7 @@ def _cache_options(spec: FinetuneSpec) -> CacheSpec | None:
 
 
 def _cache_notes(recipe: Recipe, state: _State, config: dict[str, Any], rows: int, length: float) -> Iterator[str]:
-    """Where frozen blocks will run at every step for want of space; MachineError where the recipe requires otherwise."""
+    """Where frozen blocks will run at every step for want of space; MachineError where a cache is required."""
     for index, stage in enumerate(recipe.stages):
         spec = stage_spec(stage)
         if isinstance(spec, FinetuneSpec) and (options := _cache_options(spec)):
