@@ -170,7 +170,7 @@ def test_a_required_cache_must_be_possible(tiny_checkpoint, data, tmp_path):
 
 
 def test_a_forecast_knows_phases_and_the_cache(tiny_checkpoint, data, tmp_path):
-    """Of six epochs two train the head alone: no backward through the blocks; with a cache one forward instead of two."""
+    """Of six epochs two train the head alone: no backward through the blocks; cached, one forward instead of two."""
 
     def forecast(spec):
         return check(_recipe(tiny_checkpoint(), data, tmp_path / "run", [{"finetune": spec}])).stages[0]

