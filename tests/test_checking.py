@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from moss_rlhf.checking import check
-from moss_rlhf.errors import ModelError
+from moss_rlhf.errors import MachineError, ModelError, RecipeError
 from moss_rlhf.model.anatomy import FAMILIES
 from moss_rlhf.model.cost import macs_per_token
 from moss_rlhf.optimization import narrow, shorten
@@ -124,3 +124,62 @@ def test_a_check_imports_no_torch(tiny_checkpoint, data, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("ok\n\n")
+
+
+# --- layers, phases, the cache --------------------------------------------------------------------------------------
+
+
+def _fails(stages, message, error, tiny_checkpoint, data, tmp_path):
+    with pytest.raises(error, match=message):
+        check(_recipe(tiny_checkpoint(), data, tmp_path / "run", stages))
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (
+            [{"finetune": {"phases": [{"train": ["head", "block.3"]}]}}],
+            r"stages\.0\.finetune\.phases\.0\.train: there is no group 'block.3'. The groups are embeddings, block",
+        ),
+        (  # there was a block.2 before
+            ["finetune", {"shorten": {"remove": 1}}, {"finetune": {"phases": [{"train": ["block.2"]}]}}],
+            r"stages\.2\.finetune\.phases\.0\.train: there is no group 'block.2'",
+        ),
+        ([{"finetune": {"reinitialise": 4}}], r"reinitialise: 4 of 3 blocks"),
+        ([{"finetune": {"layers": "by_damage"}}], "no stage before this one measures it"),
+        (
+            ["sensitivity", {"shorten": {"remove": 1}}, {"finetune": {"layers": "by_damage"}}],
+            "measured before a shorten stage removed blocks",
+        ),
+    ],
+)
+def test_impossible_layers_are_refused(stages, message, tiny_checkpoint, data, tmp_path):
+    _fails(stages, message, RecipeError, tiny_checkpoint, data, tmp_path)
+
+
+def test_a_required_cache_must_be_possible(tiny_checkpoint, data, tmp_path):
+    frozen = {"phases": [{"train": ["head"], "epochs": 2}]}
+    required = frozen | {"cache": {"required": True, "bytes": 1000}}
+    _fails([{"finetune": required}], "required, but their outputs take", MachineError, tiny_checkpoint, data, tmp_path)
+    _fails(
+        [{"finetune": {"cache": "required"}}], "no block stays frozen", MachineError, tiny_checkpoint, data, tmp_path
+    )
+    stages = [{"finetune": frozen | {"cache": {"bytes": 1000}}}]
+    (note,) = check(_recipe(tiny_checkpoint(), data, tmp_path / "run", stages)).notes
+    assert note.startswith("stages.0.finetune: frozen blocks will run at every step")
+
+
+def test_a_forecast_knows_phases_and_the_cache(tiny_checkpoint, data, tmp_path):
+    """Of six epochs two train the head alone: no backward through the blocks; cached, one forward instead of two."""
+
+    def forecast(spec):
+        return check(_recipe(tiny_checkpoint(), data, tmp_path / "run", [{"finetune": spec}])).stages[0]
+
+    phases = [{"train": ["head"], "epochs": 2}, {"train": "all", "epochs": 4}]
+    cached, plain = forecast({"phases": phases}), forecast({"phases": phases, "cache": "off"})
+    everything, head = forecast({"epochs": 6}), forecast({"phases": phases[:1]})
+    assert forecast({"epochs": 6, "unfreeze": "head_first"}).flops == cached.flops  # a third of the steps
+    assert cached.flops < plain.flops < everything.flops
+    assert plain.memory_bytes == everything.memory_bytes > head.memory_bytes
+    # spared: two epochs' backward through the blocks, twice a forward each; and with the cache one of their forwards
+    assert (everything.flops - plain.flops) == pytest.approx(4 * (plain.flops - cached.flops), rel=1e-9)

@@ -8,7 +8,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from moss_rlhf.model.anatomy import FAMILIES, BlockShape, family_of
 from moss_rlhf.model.config import (
     KEY,
     block_shapes,
+    group_names,
     head_size,
     hidden_size,
     is_gated,
@@ -33,6 +35,7 @@ from moss_rlhf.model.cost import (
     Dimensions,
     all_block_parameters,
     macs_per_token,
+    prefix_flops,
     training_bytes,
     training_flops,
     units_kept,
@@ -40,6 +43,7 @@ from moss_rlhf.model.cost import (
 from moss_rlhf.model.locate import locate, read_header, weight_files
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import (
+    CacheSpec,
     FinetuneSpec,
     NarrowSpec,
     PruneSpec,
@@ -52,6 +56,7 @@ from moss_rlhf.recipe import (
     stages_before_compression,
 )
 from moss_rlhf.rundir import refuse_foreign
+from moss_rlhf.strategy import Run, cached_runs, frozen_blocks, lowest_trained
 from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.lengths import choose_max_length, length_facts
 
@@ -127,7 +132,8 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     state = _initial_state(place, config, len(data.labels))
     rows = {split: facts["rows"] for split, facts in data.facts.items()}
     stages = tuple(_forecasts(recipe, state, config, rows, tokens["train"]["mean"], longest))
-    return Check(data, tokens, state.parameters, stages, data.notes)
+    notes = tuple(_cache_notes(recipe, state, config, rows["train"], tokens["train"]["mean"]))
+    return Check(data, tokens, state.parameters, stages, (*data.notes, *notes))
 
 
 def check_stages(recipe: Recipe, place: Path) -> None:
@@ -155,8 +161,44 @@ def check_stages(recipe: Recipe, place: Path) -> None:
             raise RecipeError(f"{field}: the layers of a {config['model_type']} share one block.")
         if isinstance(spec, FinetuneSpec):
             _check_metric(spec.metric, recipe.task, f"{field}.metric")
+            _check_layers(recipe, index, shapes, config, field)
+            if spec.layers == "by_damage":
+                _check_damage(recipe, index, place, field)
         if isinstance(spec, FinetuneSpec) and spec.distill:
             _check_teacher(recipe, index, spec.distill.teacher, config, f"{field}.distill.teacher")
+
+
+def _check_layers(recipe: Recipe, index: int, shapes: Sequence[BlockShape], config: dict[str, Any], field: str) -> None:
+    """Phases name groups that are there, and there are blocks to draw anew."""
+    spec, groups = stage_spec(recipe.stages[index]), group_names(shapes)
+    for position, phase in enumerate(spec.phases or ()):
+        for name in () if phase.train == "all" else phase.train:
+            if name not in groups:
+                raise RecipeError(
+                    f"{field}.phases.{position}.train: there is no group {name!r}. The groups are {', '.join(groups)}."
+                )
+    if spec.reinitialise and family_of(config["model_type"]).shared:
+        raise RecipeError(f"{field}.reinitialise: the layers of a {config['model_type']} share one block.")
+    if spec.reinitialise > len(shapes):
+        raise RecipeError(
+            f"{field}.reinitialise: {spec.reinitialise} of {len(shapes)} blocks. Give at most {len(shapes)}."
+        )
+
+
+def _check_damage(recipe: Recipe, index: int, place: Path, field: str) -> None:
+    """Somebody measured the sensitivity of the blocks that this stage finds."""
+    before = [stage_spec(stage) for stage in recipe.stages[:index]]
+    measured = [position for position, spec in enumerate(before) if isinstance(spec, SensitivitySpec)]
+    if not measured and not (place / "sensitivity.json").exists():
+        raise RecipeError(
+            f"{field}.layers: by_damage reads what sensitivity measured, and no stage before this one measures it. Put "
+            "`- sensitivity` before it, or leave layers out."
+        )
+    if any(isinstance(spec, ShortenSpec) for spec in before[measured[-1] if measured else 0 :]):
+        raise RecipeError(
+            f"{field}.layers: by_damage, but sensitivity was measured before a shorten stage removed blocks. Put "
+            "`- sensitivity` after it."
+        )
 
 
 def _shapes_after(
@@ -348,13 +390,9 @@ def _work(spec: object, state: _State, rows: dict[str, int], length: float, long
     forward = 2 * macs_per_token(state.dimensions, length) * length
     memory = _LIBRARY_BYTES + 8 * state.parameters
     if isinstance(spec, FinetuneSpec):
-        tokens = spec.epochs * rows["train"] * length
         evaluations = spec.epochs * spec.evaluations_per_epoch * rows["validation"] * forward
-        training = training_flops(state.dimensions, length, tokens) + evaluations
-        batch = spec.batch_size * longest
-        return training, _LIBRARY_BYTES + training_bytes(
-            state.parameters, state.dimensions.hidden, len(state.shapes), batch
-        )
+        training = _learning(spec, state, rows["train"], length) + evaluations
+        return training, _LIBRARY_BYTES + _learning_bytes(spec, state, rows["train"], longest)
     if isinstance(spec, NarrowSpec):
         return _TRAINING_COST * min(spec.rows, rows["train"]) * forward, memory
     if isinstance(spec, ShortenSpec):
@@ -368,6 +406,90 @@ def _work(spec: object, state: _State, rows: dict[str, int], length: float, long
     if measures and isinstance(spec, PruneSpec | QuantizeSpec):
         return _REPLAYS * min(spec.rows, rows["train"]) * forward, memory
     return 0.0, memory
+
+
+def _learning(spec: FinetuneSpec, state: _State, rows: int, length: float) -> float:
+    """Operations of the training steps: frozen blocks have no backward, cached ones a single forward."""
+    steps, tokens, cost = -(-rows // spec.batch_size), rows * length, state.dimensions
+    frozen = frozen_by_step(spec, group_names(state.shapes), steps)
+    total = sum(
+        training_flops(cost, length, count / steps * tokens, blocks)
+        for blocks, count in sorted(Counter(frozen).items())
+    )
+    saved = sum(
+        prefix_flops(cost, length, (run.steps / steps - 1) * tokens, run.blocks) for run in _cached(spec, frozen, steps)
+    )
+    return total - saved
+
+
+def _learning_bytes(spec: FinetuneSpec, state: _State, rows: int, longest: int) -> int:
+    """Peak bytes of training: what never trains has no gradient, no moments, and keeps nothing for the backward."""
+    blocks = min(frozen_by_step(spec, group_names(state.shapes), -(-rows // spec.batch_size)))
+    batch, hidden = spec.batch_size * longest, state.dimensions.hidden
+    moving = state.parameters
+    if blocks:
+        above = sum(all_block_parameters(shape, state.dimensions) for shape in state.shapes[blocks:])
+        moving = above + state.dimensions.head_parameters
+    return training_bytes(moving, hidden, len(state.shapes) - blocks, batch) + 4 * (state.parameters - moving)
+
+
+def frozen_by_step(spec: FinetuneSpec, groups: Sequence[str], steps_per_epoch: int) -> list[int]:
+    """How many of the lowest blocks are frozen at each step; where they thaw by damage, the least that may be."""
+    if spec.phases is None:
+        total = spec.epochs * steps_per_epoch
+        lowest = [lowest_trained(step, total, len(groups), spec.unfreeze) for step in range(total)]
+        if spec.layers == "by_damage":
+            return [len(groups) - 2 if each == len(groups) - 1 else 0 for each in lowest]
+        return [max(0, each - 1) for each in lowest]
+    found: list[int] = []
+    for phase in spec.phases:
+        trains = [phase.train == "all" or name in phase.train for name in groups]
+        found += [frozen_blocks(trains)] * (phase.epochs * steps_per_epoch)
+    return found
+
+
+def _cached(spec: FinetuneSpec, frozen: Sequence[int], steps_per_epoch: int) -> list[Run]:
+    options = _cache_options(spec)
+    return cached_runs(frozen, steps_per_epoch, options.epochs) if options else []
+
+
+def _cache_options(spec: FinetuneSpec) -> CacheSpec | None:
+    if isinstance(spec.cache, CacheSpec):
+        return spec.cache
+    return None if spec.cache == "off" else CacheSpec(required=spec.cache == "required")
+
+
+def _cache_notes(recipe: Recipe, state: _State, config: dict[str, Any], rows: int, length: float) -> Iterator[str]:
+    """Where frozen blocks will run at every step for want of space; MachineError where a cache is required."""
+    for index, stage in enumerate(recipe.stages):
+        spec = stage_spec(stage)
+        if isinstance(spec, FinetuneSpec) and (options := _cache_options(spec)):
+            reason = _no_cache(spec, options, state, rows, length, Path(recipe.output))
+            if reason and options.required:
+                raise MachineError(f"stages.{index}.finetune.cache: required, but {reason}. Give cache: auto.")
+            if reason and _frozen_epochs(spec, state, rows):
+                yield f"stages.{index}.finetune: frozen blocks will run at every step: {reason}"
+        state = state.with_shapes(_shapes_after(spec, state.shapes, stage_kind(stage), config))
+
+
+def _frozen_epochs(spec: FinetuneSpec, state: _State, rows: int) -> list[Run]:
+    steps = -(-rows // spec.batch_size)
+    return _cached(spec, frozen_by_step(spec, group_names(state.shapes), steps), steps)
+
+
+def _no_cache(
+    spec: FinetuneSpec, options: CacheSpec, state: _State, rows: int, length: float, output: Path
+) -> str | None:
+    """Why the outputs of frozen blocks can't be kept, as far as can be foretold."""
+    if not _frozen_epochs(spec, state, rows):
+        return f"no block stays frozen for {options.epochs:g} epochs"
+    halved = options.dtype in ("bfloat16", "float16") or (options.dtype == "auto" and spec.precision == "bfloat16")
+    size = rows * length * state.dimensions.hidden * (2 if halved else 4)
+    existing = next(parent for parent in [output, *output.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if size > min(options.bytes, free):
+        return f"their outputs take about {size / 1e9:.2f} GB; {min(options.bytes, free) / 1e9:.2f} GB may be used"
+    return None
 
 
 def _multiplication_rate() -> float:

@@ -82,7 +82,9 @@ def _finetune(spec: FinetuneSpec, model: Model, context: StageContext) -> Outcom
 
 
 def _plain(value: Any) -> Any:
-    """A nested spec as the mapping that `finetune` takes for its options."""
+    """A nested spec as the mapping that `finetune` takes for its options; a list of them as a list of those."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
     return {name: getattr(value, name) for name in type(value).model_fields} if isinstance(value, Spec) else value
 
 

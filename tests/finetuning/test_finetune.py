@@ -8,9 +8,9 @@ from moss_rlhf.errors import DataError, ModelError
 from moss_rlhf.finetuning import finetune
 from moss_rlhf.finetuning.finetune import evaluate_loss, evaluation_steps
 from moss_rlhf.finetuning.layers import layer_groups
-from moss_rlhf.finetuning.timetable import lowest_trained
 from moss_rlhf.finetuning.trainer import LayerwiseTrainer
 from moss_rlhf.optimization import prune, quantize
+from moss_rlhf.strategy import lowest_trained
 from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.loading import encoded
 

@@ -224,3 +224,39 @@ def test_the_recipes_of_the_repository_are_valid():
     recipes = list((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
     assert recipes
     assert all(read_recipe(path).stages for path in recipes)
+
+
+def test_phases_say_how_many_epochs_a_stage_has_and_read_back_the_same():
+    phases = [{"train": ["head", "block.1"], "epochs": 2, "learning_rate": "1e-3"}, {"train": "all"}]
+    recipe = make_recipe(minimal(stages=[{"finetune": {"phases": phases, "cache": {"dtype": "float16"}}}]))
+    assert recipe.stages[0].finetune.epochs == 3
+    assert make_recipe(parse_yaml(recipe_yaml(recipe), "again")) == recipe
+    assert make_recipe(minimal(stages=[{"finetune": {"phases": [{"epochs": 7}]}}])).stages[0].finetune.epochs == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"phases": [{"epochs": 2}], "epochs": 3},
+            "finetune: epochs: 3, but the phases have 2 together; leave",
+        ),
+        ({"phases": [{}], "unfreeze": "gradual"}, "unfreeze: gradual and phases both say what trains when; give one"),
+        ({"layers": "by_damage", "layer_decay": 0.9}, "by_damage and layer_decay both set the rates of layers"),
+        ({"phases": [{"train": []}]}, "stages.0.finetune.phases.0.train"),
+        ({"phases": [{"learning_rate": 0}]}, "stages.0.finetune.phases.0.learning_rate"),
+        ({"phases": [{"trian": "all"}]}, "stages.0.finetune.phases.0: unknown field 'trian'; did you mean 'train'"),
+        ({"phases": []}, "stages.0.finetune.phases"),
+        ({"unfreeze": "head-first"}, "stages.0.finetune.unfreeze"),
+        (
+            {"cache": "always"},
+            "finetune.cache: 'always' can't be used; it must be 'auto', 'off' or 'required' or be",
+        ),
+        ({"cache": {"bytes": 0}}, "recipe: stages.0.finetune.cache.bytes: 0 can't be used"),
+        ({"reinitialise": -1}, "stages.0.finetune.reinitialise"),
+    ],
+)
+def test_layers_that_can_not_be_are_refused_with_their_place(fields, message):
+    with pytest.raises(RecipeError) as caught:
+        make_recipe(minimal(stages=[{"finetune": fields}]))
+    assert message in str(caught.value)

@@ -34,6 +34,7 @@ class Companion:
     """Does nothing; a subclass overrides what it needs."""
 
     name = "companion"
+    alters_forward = False  # whether the network computes something else inside `around` than outside of it
 
     def extras(self) -> Sequence[Extra]:
         """Parameters of its own."""
@@ -49,6 +50,10 @@ class Companion:
     def penalty(self) -> Tensor | None:
         """What is added to a batch's loss."""
         return None
+
+    def flops(self, length: int, tokens: int) -> float:
+        """Operations of the step that it adds (or, below 0, spares), of a batch of texts of `length` tokens."""
+        return 0.0
 
     def after_step(self, step: int, rates: Sequence[float]) -> None:
         """After the optimizer moved the weights; `rates` are those of the layer groups at this step."""
@@ -109,6 +114,9 @@ class Companions:
         """The loss and every penalty."""
         penalties = [found for member in self.members if (found := member.penalty()) is not None]
         return torch.stack([loss, *penalties]).sum() if penalties else loss
+
+    def flops(self, length: int, tokens: int) -> float:
+        return sum(member.flops(length, tokens) for member in self.members)
 
     def after_step(self, step: int, rates: Sequence[float]) -> None:
         for member in self.members:

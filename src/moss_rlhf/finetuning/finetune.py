@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache as cached
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +25,24 @@ from moss_rlhf.finetuning.averaging import load_average, steps_to_average
 from moss_rlhf.finetuning.companions import Companion, Companions, KeptZeros
 from moss_rlhf.finetuning.compiling import Compile, compile_where_it_pays, undo
 from moss_rlhf.finetuning.distillation import Teaching
-from moss_rlhf.finetuning.layers import layer_groups, layer_learning_rates
+from moss_rlhf.finetuning.layers import layer_groups
 from moss_rlhf.finetuning.objective import Objective
-from moss_rlhf.finetuning.options import Averaging, Distillation, EarlyStopping, option
+from moss_rlhf.finetuning.options import (
+    Averaging,
+    Cache,
+    CacheOption,
+    Distillation,
+    EarlyStopping,
+    Phase,
+    ScheduleName,
+    cache_option,
+    option,
+)
 from moss_rlhf.finetuning.packing import check_packing
 from moss_rlhf.finetuning.pieces import Pieces
+from moss_rlhf.finetuning.planning import Layers, damage_of, epochs_of, phases_of, timetable_of
+from moss_rlhf.finetuning.prefix_cache import PrefixCache, Rows, Still, frozen_at, plan_cache, states_bytes
 from moss_rlhf.finetuning.sampling import epoch_batches
-from moss_rlhf.finetuning.timetable import Thaw, Unfreeze
 from moss_rlhf.finetuning.trainer import (
     BEST,
     SAVE_EVERY_SECONDS,
@@ -41,10 +53,11 @@ from moss_rlhf.finetuning.trainer import (
 )
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.processor import fast_bfloat16, processor_flags
+from moss_rlhf.model.reinitialise import draw_blocks
 from moss_rlhf.model.replay import without_cache
 from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.progress import Progress
-from moss_rlhf.strategy import SCHEDULES, Judge
+from moss_rlhf.strategy import Judge, Unfreeze
 from moss_rlhf.tasks import TASKS, Task, TextClassification, TextGeneration
 from moss_rlhf.tasks.loading import encoded
 
@@ -72,15 +85,19 @@ def finetune(
     train: Any,
     validation: Any,
     *,
-    epochs: int = 3,
+    epochs: int | None = None,
     learning_rate: float = 5e-5,
     batch_size: int = 32,
-    schedule: Literal["linear", "slanted_triangular", "constant"] = "linear",
+    schedule: ScheduleName = "linear",
     warmup: float = 0.1,
     weight_decay: float = 0.01,
     max_gradient_norm: float = 1.0,
     layer_decay: float = 1.0,
     unfreeze: Unfreeze = "all",
+    phases: Sequence[Phase | Mapping[str, Any]] | None = None,
+    layers: Layers = "by_depth",
+    reinitialise: int = 0,
+    cache: CacheOption = "auto",
     early_stopping: EarlyStopping | Mapping[str, Any] | None = None,
     evaluations_per_epoch: int = 1,
     metric: str | None = None,
@@ -97,6 +114,7 @@ def finetune(
     distill: Distillation | Mapping[str, Any] | None = None,
     seed: int = 0,
     workspace: Path | None = None,
+    cache_folder: Path | None = None,
     save_every_seconds: float = SAVE_EVERY_SECONDS,
     progress: Progress | None = None,
 ) -> Training:
@@ -109,6 +127,14 @@ def finetune(
     packing             of text generation: a batch's documents in one row, none of which sees another: no padding.
     report_to           trackers to send the curves to: tensorboard, mlflow, wandb, trackio.
     compile             torch.compile: off, on, or auto: both ways are timed, and the faster is kept.
+    epochs              3; with phases, their sum.
+    phases              [{"train": ["head", "block.5"], "epochs": 1, "learning_rate": 1e-3}, …]: what trains when; what
+                        a phase leaves out is as here.
+    layers              by_damage: rates, and the order of `unfreeze="gradual"`, follow `model.sensitivity`.
+    reinitialise        so many of the highest blocks are drawn anew before the first step.
+    cache               whether frozen blocks are run once: auto, off, required, or {"dtype", "bytes", "epochs",
+                        "required"} (`prefix_cache.py`).
+    cache_folder        where their outputs stay for other trainings too; None: in the workspace, removed at the end.
     early_stopping      {"patience": evaluations without a better metric before training stops}; None: never.
     metric              of validation, by which the best weights are chosen and training stops: one of the task's, or
                         loss; None: the task's first.
@@ -118,7 +144,8 @@ def finetune(
     distill             how, such as {"temperature": 2.0, "weight": 0.7}; these without it.
     workspace           where to keep checkpoints; a training interrupted there resumes from its last one and ends in
                         the same bits. None: nothing is kept.
-    raises              DataError where there are no rows; ModelError where the model is quantized, the teacher has
+    raises              DataError where there are no rows; RecipeError on phases that can't be; MachineError where a
+                        required cache can't be had; ModelError where the model is quantized, the teacher has
                         other labels or another vocabulary, or the loss is no longer finite; Interrupted after
                         Ctrl-C, once a checkpoint is written.
     """
@@ -127,31 +154,61 @@ def finetune(
     task = TASKS[model.task]
     train, validation = _rows(model, train, "train"), _rows(model, validation, "validation")
     stopping, progress = option(EarlyStopping, early_stopping, "early_stopping"), progress or Progress(quiet=True)
-    batches = epoch_batches(train["length"], batch_size, seed, bucketing=length_bucketing, tokens=batch_tokens)
-    steps = epochs * len(batches)
-    groups = tuple(layer_groups(model.network))
-    rates = tuple(layer_learning_rates(len(groups) - 2, learning_rate, layer_decay))
     if packing:
         check_packing(model, train)
+    batches = epoch_batches(train["length"], batch_size, seed, bucketing=length_bucketing, tokens=batch_tokens)
+    groups = tuple(layer_groups(model.network))
+    names = [group.name for group in groups]
+    planned = phases_of(phases, {group.name: len(group.parameters) for group in groups}, unfreeze)
+    epochs = epochs_of(epochs, planned)
+    steps = epochs * len(batches)
+    timetable = timetable_of(
+        names,
+        planned,
+        unfreeze=unfreeze,
+        steps=steps,
+        steps_per_epoch=len(batches),
+        learning_rate=learning_rate,
+        schedule=schedule,
+        warmup=warmup,
+        layer_decay=layer_decay,
+        damage=damage_of(model.sensitivity, names) if layers == "by_damage" else None,
+    )
     bfloat16 = uses_bfloat16(precision)
     if teacher is not None:
         _check_teacher(model, teacher)
         if isinstance(task, TextClassification):
             train = _with_teacher(train, teacher, task, progress)
-    plan = Plan(
-        groups=groups,
-        timetable=Thaw(rates, unfreeze, SCHEDULES[schedule], warmup, steps),
-        objective=Objective(task, _teaching(task, teacher, option(Distillation, distill, "distill"))),
-        companions=Companions(_companions(model)),
-        weight_decay=weight_decay,
-        evaluate_at=evaluation_steps(len(batches), epochs, evaluations_per_epoch),
-        steps=steps,
-        judge=judge_of(task, metric),
-        patience=stopping.patience if stopping else None,
-        average=_averaging(option(Averaging, average, "average")),
-        dimensions=model.dimensions,
-    )
+    if reinitialise and not (workspace and checkpoints(workspace)):
+        draw_blocks(model.network, reinitialise, seed, model.pruned)
     with _folder(workspace) as folder:
+        companions = _companions(model)
+        still = Still(model.network, names, timetable)
+        caching = _caching(
+            model,
+            train,
+            frozen_at(timetable, steps),
+            cache_option(cache),
+            steps_per_epoch=len(batches),
+            bfloat16=bfloat16,
+            folder=cache_folder or folder / "prefix",
+            shared=cache_folder is not None,
+            obstacle=_obstacle(companions, packing, compile),
+            progress=progress,
+        )
+        plan = Plan(
+            groups=groups,
+            timetable=timetable,
+            objective=Objective(task, _teaching(task, teacher, option(Distillation, distill, "distill"))),
+            companions=Companions([still, *([caching] if caching else []), *companions]),
+            weight_decay=weight_decay,
+            evaluate_at=evaluation_steps(len(batches), epochs, evaluations_per_epoch),
+            steps=steps,
+            judge=judge_of(task, metric),
+            patience=stopping.patience if stopping else None,
+            average=_averaging(option(Averaging, average, "average")),
+            dimensions=model.dimensions,
+        )
         trainer = LayerwiseTrainer(
             plan=plan,
             evaluator=lambda: evaluate_loss(model, validation, task),
@@ -177,6 +234,49 @@ def finetune(
         facts |= _train(trainer, folder, save_every_seconds, progress)
     training = _training(trainer, bfloat16)
     return dataclasses.replace(training, facts=training.facts | facts)
+
+
+def _obstacle(companions: Sequence[Companion], packing: bool, compile: Compile) -> str:
+    """What speaks against standing in for frozen blocks, if anything."""
+    reasons = {
+        "weights are altered on the way": any(each.alters_forward for each in companions),
+        "packed documents have no place of their own": packing,
+        "a compiled network can't be stood in for": compile != "off",
+    }
+    return "; ".join(reason for reason, holds in reasons.items() if holds)
+
+
+def _caching(
+    model: Model,
+    train: Any,
+    frozen: Sequence[int],
+    options: Cache | None,
+    *,
+    steps_per_epoch: int,
+    bfloat16: bool,
+    folder: Path,
+    shared: bool,
+    obstacle: str,
+    progress: Progress,
+) -> PrefixCache | None:
+    """What runs frozen blocks once, or says why it does not; None where nothing stays frozen for long."""
+    dimensions = model.dimensions
+    rows = cached(lambda: Rows.of(TASKS[model.task], train, model.tokenizer))  # only where something is to be kept
+    plan = plan_cache(
+        options,
+        frozen,
+        steps_per_epoch,
+        bytes_of=lambda blocks, dtype: states_bytes(rows(), model.network, blocks, dimensions.hidden, dtype),
+        bfloat16=bfloat16,
+        folder=folder,
+        shared=shared,
+        obstacle=obstacle,
+    )
+    if plan.why_not:
+        progress.say(f"  frozen blocks run at every step: {plan.why_not}")
+    if not (plan.runs or plan.why_not):
+        return None
+    return PrefixCache(model.network, dimensions, rows(), plan, progress.say)
 
 
 def evaluation_steps(steps_per_epoch: int, epochs: int, per_epoch: int) -> frozenset[int]:

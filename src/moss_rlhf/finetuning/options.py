@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from moss_rlhf.errors import RecipeError, nearest
 
+ScheduleName = Literal["linear", "slanted_triangular", "constant"]
 Options = TypeVar("Options")
 
 
@@ -33,6 +34,49 @@ class Averaging:
 
     last: int | None = None
     best: int | None = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Epochs in which the same groups train; what is None is as the whole training has it (`planning.py`).
+
+    train   names of groups, or "all".
+    """
+
+    train: Literal["all"] | Sequence[str] = "all"
+    epochs: int = 1
+    learning_rate: float | None = None
+    schedule: ScheduleName | None = None
+    warmup: float | None = None
+    layer_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """How the outputs of frozen blocks are kept (`prefix_cache.py`).
+
+    dtype      of the stored states; auto: what training computes in.
+    bytes      at most so many on disk; above, training goes on without.
+    epochs     the shortest run of epochs with the same frozen blocks that is worth it.
+    required   an error where it can't be had, instead of going on without.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    bytes: int = 16_000_000_000
+    epochs: float = 2
+    required: bool = False
+
+
+CacheOption = Literal["auto", "off", "required"] | Cache | Mapping[str, Any]
+
+
+def cache_option(value: CacheOption) -> Cache | None:
+    """The option as written: a word or its fields; None: off."""
+    if isinstance(value, str):
+        if value not in ("auto", "off", "required"):
+            raise RecipeError(f"finetune.cache: {value!r} can't be used; give auto, off, required, or its fields.")
+        return None if value == "off" else Cache(required=value == "required")
+    return option(Cache, value, "cache")
 
 
 def option(kind: type[Options], value: Options | Mapping[str, Any] | None, name: str) -> Options | None:

@@ -164,7 +164,8 @@ class LayerwiseTrainer(Trainer):
     def floating_point_ops(self, inputs: Mapping[str, Tensor]) -> float:
         rows, length = inputs["input_ids"].shape
         lowest = self.plan.timetable.trains(self.state.global_step).index(True)
-        return training_flops(self.plan.dimensions, length, rows * length, max(0, lowest - 1))
+        trained = training_flops(self.plan.dimensions, length, rows * length, max(0, lowest - 1))
+        return trained + self.plan.companions.flops(length, rows * length)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         with self.plan.companions.as_shipped():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,15 @@ def block_shapes(config: Mapping[str, Any]) -> tuple[BlockShape, ...]:
             f"between {least} and {most}. Save or fetch the checkpoint again."
         )
     return tuple(BlockShape(*shape) for shape in declared)
+
+
+def group_names(shapes: Sequence[BlockShape]) -> list[str]:
+    """The layer groups of a network with blocks of these shapes: embeddings, the blocks, head."""
+    decoder = sum(shape.cross_heads > 0 for shape in shapes)
+    if not decoder:
+        return ["embeddings", *(f"block.{index}" for index in range(len(shapes))), "head"]
+    encoder = [f"encoder.{index}" for index in range(len(shapes) - decoder)]
+    return ["embeddings", *encoder, *(f"decoder.{index}" for index in range(decoder)), "head"]
 
 
 def _stock_shapes(config: Mapping[str, Any], family: Family, stack: Stack) -> tuple[BlockShape, ...]:

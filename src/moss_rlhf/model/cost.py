@@ -54,6 +54,11 @@ def training_flops(dimensions: Dimensions, length: float, tokens: float, lowest_
     return 2 * tokens * (forward + 2 * (forward - frozen))
 
 
+def prefix_flops(dimensions: Dimensions, length: float, tokens: float, blocks: int) -> float:
+    """Operations of a forward pass of the lowest `blocks` blocks over `tokens` tokens, of texts of `length`."""
+    return 2 * tokens * sum(block_macs(shape, dimensions, length) for shape in dimensions.blocks[:blocks])
+
+
 def training_bytes(parameters: int, hidden: int, layers: int, tokens: int) -> int:
     """A rough peak for AdamW in float32: weights, gradients, two moments, and what is kept for backward.
 

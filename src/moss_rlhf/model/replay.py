@@ -30,6 +30,7 @@ from moss_rlhf.progress import Progress
 
 Gather = Literal["nothing", "norms", "grams"]
 Batch = tuple[Mapping[str, Tensor], Tensor]  # (inputs of the network, labels)
+Args, Kwargs = tuple[Any, ...], dict[str, Any]
 
 CACHE_BYTES = 2**30
 """Activations kept in memory; what exceeds it lies on disk."""
@@ -185,7 +186,7 @@ class Replay:
     def _forward(self, done: int, batch: int) -> Any:
         answers: dict[str, Any] = {str(name): states[batch] for name, states in self.states.items()}
         inputs, _ = self.batches[batch]
-        with _standing_in(self.anatomy.blocks, done, answers):
+        with _answering(self.anatomy.blocks, done, answers):
             return self.network(**inputs)
 
     def gather(self, position: int, gather: Gather) -> dict[str, InputStatistics]:
@@ -245,28 +246,43 @@ class _Reached(Exception):  # noqa: N818  # no error
         self.args_of_block, self.kwargs_of_block = args, kwargs
 
 
+Forward = Callable[..., Any]
+
+
 @contextmanager
-def _standing_in(blocks: Sequence[Block], done: int, answers: Mapping[str, Any]) -> Iterator[None]:
-    """The first `done` calls of blocks answer for them; the next one raises _Reached."""
-    calls = 0
+def standing_in(blocks: Sequence[Block], answer: Callable[[Block, Forward, Args, Kwargs], Any]) -> Iterator[None]:
+    """While it holds, each call of one of `blocks` gets what `answer(block, its own forward, args, kwargs)` returns."""
+    before = [block.module.__dict__.get("forward") for block in blocks]
 
-    def stand_in(stack: str) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls > done:
-                raise _Reached(args, kwargs)
-            return answers[stack]
-
-        return forward
+    def stand_in(block: Block) -> Forward:
+        own = block.module.forward
+        return lambda *args, **kwargs: answer(block, own, args, kwargs)
 
     for block in blocks:
-        block.module.forward = stand_in(block.stack)
+        block.module.forward = stand_in(block)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, before, strict=True):
             del block.module.__dict__["forward"]
+            if forward is not None:
+                block.module.forward = forward
+
+
+@contextmanager
+def _answering(blocks: Sequence[Block], done: int, answers: Mapping[str, Any]) -> Iterator[None]:
+    """The first `done` calls of blocks answer for them; the next one raises _Reached."""
+    calls = 0
+
+    def answer(block: Block, _: Forward, args: Args, kwargs: Kwargs) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > done:
+            raise _Reached(args, kwargs)
+        return answers[block.stack]
+
+    with standing_in(blocks, answer):
+        yield
 
 
 @contextmanager

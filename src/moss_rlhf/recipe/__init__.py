@@ -2,7 +2,7 @@
 
 from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
 from moss_rlhf.recipe.data import DataSpec, SplitLayout
-from moss_rlhf.recipe.finetuning import DistillSpec, EarlyStoppingSpec, FinetuneSpec
+from moss_rlhf.recipe.finetuning import CacheSpec, DistillSpec, EarlyStoppingSpec, FinetuneSpec, PhaseSpec
 from moss_rlhf.recipe.reading import (
     apply_override,
     make_recipe,
@@ -17,12 +17,14 @@ from moss_rlhf.recipe.search import RangeSpec, SearchSpec
 from moss_rlhf.recipe.stages import stage_kind, stage_spec
 
 __all__ = [
+    "CacheSpec",
     "DataSpec",
     "DistillSpec",
     "EarlyStoppingSpec",
     "EvaluateSpec",
     "FinetuneSpec",
     "NarrowSpec",
+    "PhaseSpec",
     "PruneSpec",
     "QuantizeSpec",
     "RangeSpec",

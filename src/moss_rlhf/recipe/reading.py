@@ -175,7 +175,10 @@ def _check_space(recipe: Recipe) -> None:
 
 def _beside_the_point(fault: Any) -> bool:
     """A mapping is told what is wrong inside it, not that it might have been a string or a number instead."""
-    return isinstance(fault["input"], Mapping) and fault["type"].removesuffix("_type") in ("string", "float", "int")
+    return isinstance(fault["input"], Mapping) and fault["type"].removesuffix("_type") in _PLAIN_TYPES
+
+
+_PLAIN_TYPES = ("string", "float", "int", "literal_error")
 
 
 def _explain(faults: Sequence[Any]) -> list[str]:
@@ -215,7 +218,7 @@ _RULES = {
     "dict_type": "be a mapping",
     "model_type": "be a mapping of fields",
 }
-_UNION_TAGS = frozenset({"float", "int", "str", "SplitLayout", "constrained-int", "constrained-float"})
+_UNION_TAGS = frozenset({"float", "int", "str", "SplitLayout", "CacheSpec", "constrained-int", "constrained-float"})
 
 
 def _without_tags(names: list[str]) -> list[str]:
