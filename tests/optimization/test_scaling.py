@@ -92,9 +92,10 @@ def test_a_t5_without_a_gate_has_no_product(tiny_model, rows_of):
     batches = batches_of(model, rows_of)
     before = answers(model, batches)
     facts = smooth_activations(model, batches, 0.5)
-    assert facts["smoothed"] == dict.fromkeys(
-        ("attention.input", "attention.value", "feed_forward.input"), 6
-    ) | dict.fromkeys(("cross_attention.input", "cross_attention.value"), 3)
+    assert facts["smoothed"] == {
+        **dict.fromkeys(("attention.input", "attention.value", "feed_forward.input"), 6),
+        **dict.fromkeys(("cross_attention.input", "cross_attention.value"), 3),
+    }
     # six matrices behind the nonlinearity, and the keys and values that read the encoder
     assert facts["not_rescaled"].startswith("12 of 48 matrices")
     assert distance(answers(model, batches), before) < 1e-5
@@ -184,6 +185,38 @@ def test_smoothing_then_gptq(tiny_model, rows_of):
     facts = moss_rlhf.quantize(model, rows_of(model.task), method="gptq", smooth=0.5, rows=8)
     assert facts["method"] == "gptq"
     assert facts["smoothed"] == {"attention.input": 3, "attention.value": 3, "feed_forward.input": 3}
+
+
+FROM_ROWS = [
+    {"method": "gptq"},
+    {"method": "awq", "scheme": "int4", "group_size": 8},
+    {"smooth": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", FROM_ROWS, ids=lambda options: "-".join(map(str, options.values())))
+def test_what_overflows_on_the_rows_is_named(options, tiny_model, rows_of):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.anatomy.blocks[1].feed_forward.ups[0].weight.mul_(1e38)
+    with pytest.raises(ModelError, match=r"what enters model\.layers\.1\.mlp\.down_proj\.weight .* is not finite"):
+        moss_rlhf.quantize(model, rows_of(model.task), rows=8, **options)
+    assert model.quantization is None
+
+
+def test_too_few_tokens_and_a_singular_hessian_are_made_up_for_and_told(tiny_model, monkeypatch):
+    rows, damping = [{"text": "good film"}], {}
+    for start in (0.01, 0.0):
+        monkeypatch.setattr("moss_rlhf.optimization.quantize._DAMPING", start)
+        model = tiny_model("llama")
+        facts = moss_rlhf.quantize(model, rows, method="gptq")
+        assert facts["too_few_tokens"].startswith(f"{len(model.anatomy.matrices)} matrices: 3 calibration tokens span")
+        assert all(bool(matrix.weight.isfinite().all()) for matrix in model.anatomy.matrices)
+        damping[start] = facts.get("damping_raised", {})
+    assert damping[0.01] == {}
+    assert set(damping[0.0]) <= {matrix.name for matrix in model.anatomy.matrices}
+    assert damping[0.0]
+    assert all(1e-7 < used <= 10 for used in damping[0.0].values())
 
 
 BAD = {

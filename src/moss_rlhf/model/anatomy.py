@@ -74,6 +74,7 @@ class Family:
     same_heads  every block of a stack must keep the same heads: they share one table of position biases.
     first_stays the first block differs from the rest and can't be dropped.
     unit_offset norms multiply by 1 + weight.
+    transposed  matrices are kept (in, out), in Conv1D layers.
     """
 
     stacks: tuple[Stack, ...]
@@ -86,6 +87,7 @@ class Family:
     first_stays: bool = False
     floating: tuple[str, ...] = ()  # tables of the base model that are read whole, not looked up by ids
     unit_offset: bool = False
+    transposed: bool = False
     scales_embeddings: bool = False  # by the root of the hidden size that config.json gives
 
     @property
@@ -259,7 +261,7 @@ FAMILIES: Mapping[str, Family] = {
     "deberta-v2": _encoder(_DEBERTA, floating=("encoder.rel_embeddings",)),
     "modernbert": _encoder(_MODERNBERT, above=("final_norm",), first_stays=True),
     "albert": _encoder(_ALBERT, shared=True),
-    "gpt2": _encoder(_GPT2, hidden="n_embd", above=("ln_f",)),
+    "gpt2": _encoder(_GPT2, hidden="n_embd", above=("ln_f",), transposed=True),
     "gpt_neox": _encoder(_GPT_NEOX, above=("final_layer_norm",)),
     "opt": _encoder(_OPT, above=("decoder.final_layer_norm", "decoder.project_out")),
     "llama": _encoder(_LLAMA, head_size="head_dim", heads_divide_hidden=True, above=("norm",)),

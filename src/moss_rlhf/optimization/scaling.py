@@ -96,9 +96,8 @@ class _Maker:
 def _of_makers(values: Tensor, folding: Folding, how: str) -> Tensor:
     """(in,) for the inputs of the readers: where several come from one row of the maker, the same for all of them."""
     rows = torch.tensor(folding.rows, device=values.device)
-    _, owners = rows.unique(return_inverse=True)
-    merged = values.new_zeros(int(owners.max()) + 1).scatter_reduce(0, owners, values, how, include_self=False)
-    return merged[owners]
+    merged = values.new_zeros(int(rows.max()) + 1).scatter_reduce(0, rows, values, how, include_self=False)
+    return merged[rows]
 
 
 def _rescale(
@@ -119,16 +118,13 @@ def _rescale(
 
 def _left(model: Model) -> dict[str, object]:
     """The matrices whose inputs no scale can leave, by example."""
-    reached = {
-        reader.name for block in model.anatomy.blocks for folding in block.foldings for reader in folding.followers
-    }
-    left = [matrix.name for matrix in model.anatomy.matrices if matrix.name not in reached]
-    if not left:
-        return {}
-    return {"not_rescaled": f"{len(left)} of {len(model.anatomy.matrices)} matrices, such as {left[0]}: {_WHY}"}
+    matrices, foldings = model.anatomy.matrices, [each for block in model.anatomy.blocks for each in block.foldings]
+    reached = {reader.name for folding in foldings for reader in folding.followers}
+    left = [matrix.name for matrix in matrices if matrix.name not in reached]
+    return {"not_rescaled": f"{len(left)} of {len(matrices)} matrices, such as {left[0]}: {_WHY}"} if left else {}
 
 
 _WHY = (
-    "what they read goes elsewhere too (a norm's output that is also the residual, or the encoder's), or comes out of a "
-    "nonlinearity"
+    "what they read goes elsewhere too (a norm's output that is also the residual, the encoder's states), or comes out "
+    "of a nonlinearity"
 )
