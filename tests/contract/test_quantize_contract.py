@@ -124,12 +124,3 @@ def test_compressed_tensors_hold_what_was_quantized(family, options, tiny_model,
     facts = moss_rlhf.export(model, tmp_path / "vllm", texts, format="compressed-tensors")
     assert facts["matrices_compared"] == len(model.anatomy.matrices)
     assert facts["difference_to_pytorch"] <= 1e-6
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-def test_ctranslate2_holds_what_was_smoothed(family, tiny_model, rows_of, tmp_path):
-    pytest.importorskip("ctranslate2")
-    model = tiny_model(family)
-    moss_rlhf.quantize(model, rows_of(model.task), rows=16, smooth=0.5)
-    texts = [row["text"] for row in rows_of("text-generation")[:4]]
-    assert moss_rlhf.export(model, tmp_path / "int8", texts)["difference_to_pytorch"] < 0.2

@@ -1,5 +1,6 @@
 """Scales move between layers and the network computes what it did; outliers cost less afterwards."""
 
+import sys
 from contextlib import ExitStack
 
 import pytest
@@ -101,13 +102,13 @@ def test_a_t5_without_a_gate_has_no_product(tiny_model, rows_of):
     assert distance(answers(model, batches), before) < 1e-5
 
 
-def plant_outliers(model):
-    """A few features of what enters the matrices become fifty times as large; the function stays."""
+def plant_outliers(model, times=50):
+    """A few features of what enters the matrices become many times as large; the function stays."""
     for block in model.anatomy.blocks:
         for folding in block.foldings:
             if folding.name.endswith("input"):
                 scales = torch.ones(len(folding.rows))
-                scales[[1, 5]] = 1 / 50
+                scales[[1, 5]] = 1 / times
                 fold(folding, scales)
 
 
@@ -207,7 +208,7 @@ def test_what_overflows_on_the_rows_is_named(options, tiny_model, rows_of):
 def test_too_few_tokens_and_a_singular_hessian_are_made_up_for_and_told(tiny_model, monkeypatch):
     rows, damping = [{"text": "good film"}], {}
     for start in (0.01, 0.0):
-        monkeypatch.setattr("moss_rlhf.optimization.quantize._DAMPING", start)
+        monkeypatch.setattr(sys.modules["moss_rlhf.optimization.quantize"], "_DAMPING", start)
         model = tiny_model("llama")
         facts = moss_rlhf.quantize(model, rows, method="gptq")
         assert facts["too_few_tokens"].startswith(f"{len(model.anatomy.matrices)} matrices: 3 calibration tokens span")
