@@ -95,6 +95,35 @@ FIELDS = {
         "stages.1={shorten: {remove: 3}}",
         r"shorten\.remove: 3 of 3 layers would leave none\. Give 1 to 2",
     ),
+    "groups that fill no row": (
+        "stages.3.quantize={scheme: int4, group_size: 128}",
+        r"stages\.3\.quantize\.group_size: 128 does not divide rows of \d+ weights\. Give a divisor of",
+    ),
+    "smooth with int4": (
+        "stages.3.quantize={scheme: int4, group_size: 8, smooth: 0.5}",
+        r"stages\.3\.quantize: smooth evens out activations for int8 .* Leave it out",
+    ),
+    "smooth above one": ("stages.3.quantize.smooth=1.5", r"stages\.3\.quantize\.smooth: 1\.5 can't be used"),
+    "smooth and awq": (
+        "stages.3.quantize={method: awq, smooth: 0.5}",
+        r"stages\.3\.quantize: smooth and method awq .* Give one",
+    ),
+    "activation order without gptq": (
+        "stages.3.quantize={activation_order: true}",
+        r"stages\.3\.quantize: activation_order and sparsity are for method gptq, not nearest",
+    ),
+    "int4 to ONNX": (
+        ("stages.3.quantize={scheme: int4, group_size: 8}", "export=[onnx]"),
+        r"stages\.3\.quantize\.scheme: int4 can't be exported to ONNX\. Give int8, or compressed-tensors",
+    ),
+    "fewer heads for vLLM": (
+        "export=[compressed-tensors]",
+        r"export: compressed-tensors: the stock config of a bert can't say .*fewer heads.*another format",
+    ),
+    "float32 for vLLM": (
+        ("stages=[finetune]", "export=[compressed-tensors]"),
+        r"export: compressed-tensors: it holds quantized models\. Put quantize",
+    ),
     "teacher too early": (
         "stages.0.finetune.distill={}",
         r"stages\.0\.finetune\.distill\.teacher: 'parent' .* before it",
@@ -120,7 +149,8 @@ FIELDS = {
 @pytest.mark.parametrize("case", FIELDS)
 def test_a_wrong_field(case, recipe, capsys):
     override, message = FIELDS[case]
-    assert re.search(message, _check(capsys, recipe, override))
+    overrides = (override,) if isinstance(override, str) else override
+    assert re.search(message, _check(capsys, recipe, *overrides))
     assert not Path("run").exists()
 
 
@@ -249,6 +279,10 @@ MODELS = {
     "truncated": (_truncate, r"model\.safetensors is broken .*Fetch or save"),
     "empty file": (lambda place: (place / "model.safetensors").write_bytes(b""), r"model\.safetensors is broken"),
     "broken tokenizer": (lambda place: (place / "tokenizer.json").write_text("{}"), r"tokenizer\.json is broken"),
+    "packed for vLLM": (
+        lambda place: _edit_config(place, quantization_config={"quant_method": "compressed-tensors"}),
+        r"is quantized already, by compressed-tensors, .*Give the checkpoint that it was made of",
+    ),
     "quantized already": (
         lambda place: _edit_config(place, moss_rlhf={"quantization": {"scheme": "int8"}}),
         r"stages\.0\.finetune: .* is quantized already; give the checkpoint from before",

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from moss_rlhf.model.config import (
     position_limit,
     queries_per_key,
     read_config,
+    refuse_foreign_grid,
     trained_labels,
 )
 from moss_rlhf.model.cost import (
@@ -139,7 +141,8 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
 def check_stages(recipe: Recipe, place: Path) -> None:
     """Whether the model can go through the stages: something to remove, something left, a teacher that is one."""
     config = read_config(place)
-    if family_of(config["model_type"]).kind != "encoder":
+    family = family_of(config["model_type"])
+    if family.kind != "encoder":
         encoders = ", ".join(sorted(name for name, family in FAMILIES.items() if family.kind == "encoder"))
         raise ModelError(
             f"model: {recipe.model} is a {config['model_type']}; recipes classify texts with encoders ({encoders}). "
@@ -148,6 +151,7 @@ def check_stages(recipe: Recipe, place: Path) -> None:
     _check_search(recipe)
     for file in weight_files(place):
         read_header(file)  # says which file is broken
+    refuse_foreign_grid(config, place)
     shapes = block_shapes(config)
     quantized = config.get(KEY, {}).get("quantization")
     for index, stage in enumerate(recipe.stages):
@@ -156,8 +160,10 @@ def check_stages(recipe: Recipe, place: Path) -> None:
             raise ModelError(f"{field}: {place} is quantized already; give the checkpoint from before quantization.")
         shapes = _shapes_after(spec, shapes, field, config)
         if isinstance(spec, QuantizeSpec) and spec.scheme == "int4" and "onnx" in recipe.export:
-            raise RecipeError(f"{field}.scheme: int4 can't be exported to ONNX. Give int8, or leave export out.")
-        if isinstance(spec, ShortenSpec) and family_of(config["model_type"]).shared:
+            raise RecipeError(f"{field}.scheme: int4 can't be exported to ONNX. Give int8, or compressed-tensors.")
+        if isinstance(spec, QuantizeSpec) and spec.scheme == "int8_static" and family.kind != "encoder":
+            raise RecipeError(f"{field}.scheme: int8_static is for encoders. Give int8.")
+        if isinstance(spec, ShortenSpec) and family.shared:
             raise RecipeError(f"{field}: the layers of a {config['model_type']} share one block.")
         if isinstance(spec, FinetuneSpec):
             _check_metric(spec.metric, recipe.task, f"{field}.metric")
@@ -166,6 +172,37 @@ def check_stages(recipe: Recipe, place: Path) -> None:
                 _check_damage(recipe, index, place, field)
         if isinstance(spec, FinetuneSpec) and spec.distill:
             _check_teacher(recipe, index, spec.distill.teacher, config, f"{field}.distill.teacher")
+    if "compressed-tensors" in recipe.export:
+        _check_compressed_tensors(recipe, shapes, config)
+
+
+def _check_compressed_tensors(recipe: Recipe, shapes: tuple[BlockShape, ...], config: dict[str, Any]) -> None:
+    """Whether vLLM's format will hold what the stages leave."""
+    specs, kind = [stage_spec(stage) for stage in recipe.stages], config["model_type"]
+    family, quantize = family_of(kind), next((spec for spec in specs if isinstance(spec, QuantizeSpec)), None)
+    narrowed = [spec for spec in specs if isinstance(spec, NarrowSpec)]
+    heads, hidden = {shape.heads for shape in shapes}, hidden_size(config)
+    uneven = len(set(shapes)) > 1 or any(spec.macs or spec.parameters or spec.latency for spec in narrowed)
+    cut_hidden = any(spec.hidden for spec in narrowed) or (KEY in config and "hidden" in config[KEY])
+    odd_heads = not family.head_size and any(count * head_size(config) != hidden for count in heads)
+    odd_heads |= family.heads_divide_hidden and any(hidden % count for count in heads)
+    faults = {
+        "it holds quantized models. Put quantize with scheme int4 or int8 last.": (
+            quantize is None or quantize.scheme == "int8_static"
+        ),
+        f"vLLM, which reads it, serves no encoder-decoder such as a {kind}.": family.kind == "encoder-decoder",
+        f"a {kind} keeps its matrices transposed, in Conv1D layers, which it can't hold.": family.transposed,
+        f"the stock config of a {kind} can't say what the stages leave: {_UNIFORM}": (
+            uneven or odd_heads or (cut_hidden and (not family.head_size or family.scales_embeddings))
+        ),
+        "the package is missing: pip install 'moss-rlhf[vllm]'.": find_spec("compressed_tensors") is None,
+    }
+    for fault, holds in faults.items():
+        if holds:
+            raise RecipeError(f"export: compressed-tensors: {fault}")
+
+
+_UNIFORM = "shapes that differ from block to block, fewer heads or a smaller hidden size. Export to another format."
 
 
 def _check_layers(recipe: Recipe, index: int, shapes: Sequence[BlockShape], config: dict[str, Any], field: str) -> None:
@@ -400,11 +437,8 @@ def _work(spec: object, state: _State, rows: dict[str, int], length: float, long
         return passes * min(spec.rows, rows["train"]) * forward, memory
     if isinstance(spec, SensitivitySpec):
         return (_TRAINING_COST + _REPLAYS) * min(spec.rows, rows["train"]) * forward, memory
-    measures = (isinstance(spec, PruneSpec) and spec.method != "magnitude") or (
-        isinstance(spec, QuantizeSpec) and (spec.method == "gptq" or spec.scheme == "int8_static")
-    )
-    if measures and isinstance(spec, PruneSpec | QuantizeSpec):
-        return _REPLAYS * min(spec.rows, rows["train"]) * forward, memory
+    if isinstance(spec, PruneSpec | QuantizeSpec):
+        return _measurements(spec) * _REPLAYS * min(spec.rows, rows["train"]) * forward, memory
     return 0.0, memory
 
 
@@ -490,6 +524,14 @@ def _no_cache(
     if size > min(options.bytes, free):
         return f"their outputs take about {size / 1e9:.2f} GB; {min(options.bytes, free) / 1e9:.2f} GB may be used"
     return None
+
+
+def _measurements(spec: PruneSpec | QuantizeSpec) -> int:
+    """How often the network is gone through, block by block."""
+    if isinstance(spec, PruneSpec):
+        return int(spec.method != "magnitude")
+    scaling = spec.smooth > 0 or spec.method == "awq"
+    return int(scaling) + int(spec.method == "gptq" or spec.scheme == "int8_static")
 
 
 def _multiplication_rate() -> float:

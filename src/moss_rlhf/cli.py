@@ -135,12 +135,15 @@ def evaluate(
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="a checkpoint")],
-    output: Annotated[Path, typer.Argument(help="a directory for model.onnx and its tokenizer")],
+    output: Annotated[Path, typer.Argument(help="a directory for the files and their tokenizer")],
+    format: Annotated[
+        str, typer.Option(help="auto, onnx, ctranslate2 or compressed-tensors; auto: by the kind of the model")
+    ] = "auto",
 ) -> None:
-    """Write a checkpoint as ONNX: int8 where it is quantized, else float32; held against PyTorch before it counts."""
+    """Write a checkpoint for its runtime, quantized where it is; held against PyTorch before it counts."""
     from moss_rlhf.starting import export_checkpoint
 
-    print(json.dumps(export_checkpoint(model, output), indent=1))
+    print(json.dumps(export_checkpoint(model, output, format), indent=1))
 
 
 @app.command()

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from moss_rlhf.evaluation import PeakMemory, describe_machine, versions
-from moss_rlhf.exporting import export_onnx
+from moss_rlhf.exporting import export_compressed_tensors, export_onnx
 from moss_rlhf.files import copy_directory, read_json, write_json, write_text
 from moss_rlhf.measuring import PROTOCOL, Artifact, Measuring, onnx_artifact, same_threads, torch_artifact
-from moss_rlhf.model.checkpoint import save_checkpoint
+from moss_rlhf.model.checkpoint import Model, save_checkpoint
 from moss_rlhf.preparing import Session, prepare
 from moss_rlhf.progress import Progress, quiet_libraries
 from moss_rlhf.recipe import Recipe, make_recipe, read_recipe, recipe_values, recipe_yaml, stage_kind, stage_spec
@@ -118,6 +118,7 @@ def _compare(session: Session) -> dict[str, Any]:
     after, reference = _ship(session)
     measuring = _measuring(session, session.rows.evaluation, session.rows.evaluation_split)
     result = measuring.compare(before if session.head_is_trained else None, after, reference, session.rows.texts)
+    result["exports"] = _ship_for_vllm(session, after.model)
     if reference is not None:
         shutil.rmtree(reference.path.parent)
         result["reference"]["artifact"] = "(only compared with, not kept)"
@@ -135,6 +136,17 @@ def _ship(session: Session) -> tuple[Artifact, Artifact | None]:
     session.progress.event("exported", **facts)
     shipped = onnx_artifact(place / "onnx" / "model.onnx", model, str(model.quantization or "float32"))
     return shipped, onnx_artifact(float_file, model, "float32") if float_file else None
+
+
+def _ship_for_vllm(session: Session, model: Model) -> dict[str, Any]:
+    """The facts of what is shipped for a runtime that does not run here, by its format."""
+    name = "compressed-tensors"
+    if name not in session.recipe.export:
+        return {}
+    place = session.place.path / name
+    facts = export_compressed_tensors(model, place, session.sample_batches(model.tokenizer))
+    session.progress.event("exported", **facts)
+    return {name: facts}
 
 
 def _header(session: Session) -> dict[str, Any]:

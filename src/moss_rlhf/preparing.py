@@ -87,6 +87,8 @@ class Session:
                 self.rows.evaluation_split == "validation"
             ),
             "Nothing is exported to a runtime: 'after' is the checkpoint in PyTorch.": not self.recipe.export,
+            "The compressed-tensors files are for vLLM, which does not run here: 'after' is the checkpoint in PyTorch, "
+            "whose weights they hold bit for bit.": self.recipe.export == ["compressed-tensors"],
             "The model that entered compression had no trained head, so there is no 'before' to compare with.": (
                 not self.head_is_trained
             ),

@@ -75,8 +75,8 @@ def _data_spec(file: Path, overrides: Sequence[str]) -> DataSpec:
     return make_recipe(whole, "--set").data
 
 
-def export_checkpoint(path: Path, output: Path) -> dict[str, Any]:
-    """Write a checkpoint as ONNX to a directory that is not there yet, or is empty.
+def export_checkpoint(path: Path, output: Path, format: str = "auto") -> dict[str, Any]:
+    """Write a checkpoint in a runtime's format to a directory that is not there yet, or is empty.
 
     raises   MachineError where something is there.
     """
@@ -87,4 +87,4 @@ def export_checkpoint(path: Path, output: Path) -> dict[str, Any]:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise MachineError(f"{output}: is there already. Give the path of a new directory; nothing is overwritten.")
     quiet_libraries()
-    return export(load(path), output)
+    return export(load(path), output, format=format)

@@ -6,8 +6,9 @@ import torch
 import moss_rlhf
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import FAMILIES
-from moss_rlhf.model.grid import quantized_tables, round_to_grid
-from moss_rlhf.optimization.quantize import grid_of
+from moss_rlhf.model.grid import grid_of, quantized_tables, round_to_grid
+from moss_rlhf.tasks import TASKS
+from moss_rlhf.tasks.loading import encoded
 
 CASES = [
     {"scheme": "int8"},
@@ -16,6 +17,11 @@ CASES = [
     {"scheme": "int4", "group_size": 8},
     {"scheme": "int4", "group_size": 8, "method": "gptq", "activation_order": True},
     {"scheme": "int4", "group_size": 8, "method": "gptq", "sparsity": 0.5},
+    {"scheme": "int8", "smooth": 0.5},
+    {"scheme": "int8", "method": "gptq", "smooth": 0.5},
+    {"scheme": "int8_static", "smooth": 0.5},
+    {"scheme": "int8", "method": "awq"},
+    {"scheme": "int4", "group_size": 8, "method": "awq"},
 ]
 
 
@@ -67,3 +73,54 @@ def test_onnx_holds_what_was_quantized(family, options, tiny_model, rows_of, tmp
     moss_rlhf.quantize(model, rows_of(model.task), rows=16, **options)
     facts = moss_rlhf.export(model, tmp_path / "onnx", [row["text"] for row in rows_of(model.task)[:4]])
     assert facts["difference_to_pytorch"] < 0.1
+
+
+SCALED = [{"method": "awq", "scheme": "int4", "group_size": 8}, {"smooth": 0.5}, {"method": "awq"}]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", SCALED, ids=lambda options: "-".join(map(str, options.values())))
+def test_scaling_is_the_same_every_time_and_changes_answers_by_rounding_alone(family, options, tiny_model, rows_of):
+    whole = tiny_model(family)
+    found = []
+    for _ in range(2):
+        model = tiny_model(family)
+        facts = moss_rlhf.quantize(model, rows_of(model.task), rows=8, seed=3, **options)
+        found.append((facts, [parameter.clone() for parameter in model.network.parameters()]))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(found[0][1], found[1][1], strict=True))
+    rows = rows_of(whole.task)[:4]
+    plain = tiny_model(family)
+    moss_rlhf.quantize(plain, scheme=options.get("scheme", "int8"), group_size=options.get("group_size", 128))
+    expected, rounded, scaled = (answers(each, rows) for each in (whole, plain, model))
+    # that int8 rounds to ±64 or ±127, and int4 to ±7, bounds either; a wrong fold would be far beyond both
+    assert distance(scaled, expected) < 2 * distance(rounded, expected) + 0.01
+
+
+@torch.no_grad()
+def answers(model, rows):
+    network, batch = model.network.eval(), TASKS[model.task].collate(list(encoded(model, rows)), model.tokenizer)
+    return network(**TASKS[model.task].inputs(network, batch)).logits.double()
+
+
+def distance(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+VLLM = [name for name, family in FAMILIES.items() if family.kind != "encoder-decoder" and not family.transposed]
+
+
+@pytest.mark.parametrize("family", VLLM)
+@pytest.mark.parametrize(
+    "options",
+    [{"scheme": "int4", "group_size": 8, "method": "awq"}, {"scheme": "int8", "smooth": 0.5}],
+    ids=["int4", "int8"],
+)
+def test_compressed_tensors_hold_what_was_quantized(family, options, tiny_model, rows_of, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    model = tiny_model(family)
+    moss_rlhf.quantize(model, rows_of(model.task), rows=8, **options)
+    texts = [row["text"] for row in rows_of("text-generation")[:4]]
+    facts = moss_rlhf.export(model, tmp_path / "vllm", texts, format="compressed-tensors")
+    assert facts["matrices_compared"] == len(model.anatomy.matrices)
+    assert facts["difference_to_pytorch"] <= 1e-6

@@ -4,9 +4,8 @@ import torch
 from moss_rlhf import quantize
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import FAMILIES
-from moss_rlhf.model.grid import quantized_tables, quantized_weights, round_to_grid
+from moss_rlhf.model.grid import grid_of, quantized_tables, quantized_weights, round_to_grid
 from moss_rlhf.model.quantization import Quantization
-from moss_rlhf.optimization.quantize import grid_of
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -200,7 +200,7 @@ _PRUNE_SHARE = "stages.0.prune: give sparsity, such as 0.5, or a pattern N:M, wh
          "data.validation: 0 can't be used; it must be greater than 0 or be text or be a mapping of fields."),
         ({"data": {"train": "a", "max_length": "autoo"}},
          "data.max_length: 'autoo' can't be used; it must be 'auto' or be a whole number."),
-        ({"export": ["onyx"]}, "export.0: 'onyx' can't be used; it must be 'onnx'."),
+        ({"export": ["onyx"]}, "export.0: 'onyx' can't be used; it must be 'onnx' or 'compressed-tensors'."),
         ({"evaluate": {"confidence": float("nan")}},
          "evaluate.confidence: nan can't be used; it must be a finite number."),
         ({"seed": 2**32}, "seed: 4294967296 can't be used; it must be less than 4294967296."),

@@ -47,7 +47,10 @@ def _refuse(model: Model) -> None:
     if kind not in _SERVED:
         raise ModelError(f"export: CTranslate2 serves {', '.join(_SERVED)}; a {kind} goes to ONNX.")
     if scheme not in ("float32", "int8"):
-        raise ModelError(f"export: CTranslate2 holds float32 and int8, and the model is {scheme}. Quantize to int8.")
+        raise ModelError(
+            f"export: CTranslate2 holds float32 and int8, and the model is {scheme}. Quantize to int8, or "
+            "export int4 to compressed-tensors."
+        )
     heads = {part.heads for block in model.anatomy.blocks for part in block.attentions}
     if len(heads) > 1:
         raise ModelError(

@@ -45,7 +45,8 @@ def export_onnx(
     """
     if model.quantization and model.quantization.scheme == "int4":
         raise ModelError(
-            "export: ONNX holds float32 and int8, and the model is int4. Quantize to int8, or serve int4 with vLLM."
+            "export: ONNX holds float32 and int8, and the model is int4. Quantize to int8, or export int4 to "
+            "compressed-tensors."
         )
     with new_directory(place) as partial, tempfile.TemporaryDirectory(dir=partial) as scratch:
         plain = Path(scratch) / FILE if model.quantization else partial / FILE

@@ -11,7 +11,7 @@ its head), the rest from one block. Two things differ so much between families t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from moss_rlhf.errors import ModelError
@@ -34,6 +34,7 @@ class Projections:
     widths: tuple[str, ...] = ()  # … and heads · head size
     optional: tuple[str, ...] = ()  # further producers of one row a query feature, where the module has them
     position_bias: str | None = None  # an embedding with one column a head, where the module has it
+    norm: str | None = None  # relative to the block: in pre-norm blocks, what only the producers read
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Widths:
     ups: tuple[str, ...]  # up and, in a gated one, gate: each one row a neuron
     down: str
     fused: bool = False  # `ups` is one module that holds gate and up one after the other
+    norm: str | None = None  # in pre-norm blocks, what only `ups` read
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Stack:
     heads: str = "num_attention_heads"
     feed_forward_size: str = "intermediate_size"
     key_value_heads: str | None = None
+    pre_norm: str | None = None  # a key that says whether the norms named here do stand before their part
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Family:
     shared      one block is applied again and again.
     same_heads  every block of a stack must keep the same heads: they share one table of position biases.
     first_stays the first block differs from the rest and can't be dropped.
+    unit_offset norms multiply by 1 + weight.
+    transposed  matrices are kept (in, out), in Conv1D layers.
     """
 
     stacks: tuple[Stack, ...]
@@ -81,6 +86,8 @@ class Family:
     same_heads: bool = False
     first_stays: bool = False
     floating: tuple[str, ...] = ()  # tables of the base model that are read whole, not looked up by ids
+    unit_offset: bool = False
+    transposed: bool = False
     scales_embeddings: bool = False  # by the root of the hidden size that config.json gives
 
     @property
@@ -125,8 +132,8 @@ _DISTILBERT = Stack(
 )
 _MODERNBERT = Stack(
     "layers",
-    Projections("attn", ("Wqkv",), "attn.Wo", fused="one after the other"),
-    (Widths(("mlp.Wi",), "mlp.Wo", fused=True),),
+    Projections("attn", ("Wqkv",), "attn.Wo", fused="one after the other", norm="attn_norm"),
+    (Widths(("mlp.Wi",), "mlp.Wo", fused=True, norm="mlp_norm"),),
 )
 _ALBERT = Stack(
     "encoder.albert_layer_groups",
@@ -148,8 +155,9 @@ _GPT2 = Stack(
         fused="one after the other",
         counts=("num_heads",),
         widths=("split_size", "embed_dim"),
+        norm="ln_1",
     ),
-    (Widths(("mlp.c_fc",), "mlp.c_proj"),),
+    (Widths(("mlp.c_fc",), "mlp.c_proj", norm="ln_2"),),
     name="decoder",
     layers="n_layer",
     heads="n_head",
@@ -157,18 +165,25 @@ _GPT2 = Stack(
 )
 _GPT_NEOX = Stack(
     "layers",
-    Projections("attention", ("query_key_value",), "attention.dense", fused="head by head"),
-    (Widths(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
+    Projections("attention", ("query_key_value",), "attention.dense", fused="head by head", norm="input_layernorm"),
+    (Widths(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", norm="post_attention_layernorm"),),
     name="decoder",
 )
 _BART_ATTENTION = Projections(
     "self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.out_proj", counts=("num_heads",), widths=("embed_dim",)
 )
-_OPT = Stack("decoder.layers", _BART_ATTENTION, (Widths(("fc1",), "fc2"),), name="decoder", feed_forward_size="ffn_dim")
+_OPT = Stack(
+    "decoder.layers",
+    replace(_BART_ATTENTION, norm="self_attn_layer_norm"),
+    (Widths(("fc1",), "fc2", norm="final_layer_norm"),),
+    name="decoder",
+    feed_forward_size="ffn_dim",
+    pre_norm="do_layer_norm_before",
+)
 _LLAMA = Stack(
     "layers",
-    Projections("self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.o_proj"),
-    (Widths(("mlp.up_proj", "mlp.gate_proj"), "mlp.down_proj"),),
+    Projections("self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.o_proj", norm="input_layernorm"),
+    (Widths(("mlp.up_proj", "mlp.gate_proj"), "mlp.down_proj", norm="post_attention_layernorm"),),
     name="decoder",
     key_value_heads="num_key_value_heads",
 )
@@ -202,16 +217,20 @@ def _t5_attention(module: str) -> Projections:
         counts=("n_heads",),
         widths=("inner_dim",),
         position_bias="relative_attention_bias",
+        norm=f"{module.rpartition('.')[0]}.layer_norm",
     )
 
 
 def _t5(name: Literal["encoder", "decoder"]) -> Stack:
     last = 2 if name == "decoder" else 1
-    ups = f"layer.{last}.DenseReluDense"
+    ups, norm = f"layer.{last}.DenseReluDense", f"layer.{last}.layer_norm"
     return Stack(
         f"{name}.block",
         _t5_attention("layer.0.SelfAttention"),
-        (Widths((f"{ups}.wi_1", f"{ups}.wi_0"), f"{ups}.wo"), Widths((f"{ups}.wi",), f"{ups}.wo")),
+        (
+            Widths((f"{ups}.wi_1", f"{ups}.wi_0"), f"{ups}.wo", norm=norm),  # the linear one first
+            Widths((f"{ups}.wi",), f"{ups}.wo", norm=norm),
+        ),
         _t5_attention("layer.1.EncDecAttention") if name == "decoder" else None,
         name,
         layers="num_decoder_layers" if name == "decoder" else "num_layers",
@@ -242,14 +261,14 @@ FAMILIES: Mapping[str, Family] = {
     "deberta-v2": _encoder(_DEBERTA, floating=("encoder.rel_embeddings",)),
     "modernbert": _encoder(_MODERNBERT, above=("final_norm",), first_stays=True),
     "albert": _encoder(_ALBERT, shared=True),
-    "gpt2": _encoder(_GPT2, hidden="n_embd", above=("ln_f",)),
+    "gpt2": _encoder(_GPT2, hidden="n_embd", above=("ln_f",), transposed=True),
     "gpt_neox": _encoder(_GPT_NEOX, above=("final_layer_norm",)),
     "opt": _encoder(_OPT, above=("decoder.final_layer_norm", "decoder.project_out")),
     "llama": _encoder(_LLAMA, head_size="head_dim", heads_divide_hidden=True, above=("norm",)),
     "mistral": _encoder(_LLAMA, head_size="head_dim", above=("norm",)),
     "qwen2": _encoder(_LLAMA, head_size="head_dim", above=("norm",)),
     "qwen3": _encoder(_LLAMA, head_size="head_dim", above=("norm",)),
-    "gemma": _encoder(_LLAMA, head_size="head_dim", above=("norm",), scales_embeddings=True),
+    "gemma": _encoder(_LLAMA, head_size="head_dim", above=("norm",), unit_offset=True, scales_embeddings=True),
     "t5": _t5_family(scales_embeddings=True),  # of the head, where it is tied to them
     "mt5": _t5_family(scales_embeddings=False),
     "bart": _BART_FAMILY,
@@ -331,6 +350,24 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Folding:
+    """What makes the inputs of some matrices, and nothing else reads: scales can move from the one into the others.
+
+    name        of what is made: "attention.input", "attention.value", "feed_forward.input", "feed_forward.product".
+    module      a norm, or the linear map before; a softmax's average or the product with a gate may lie between.
+    rows        for each input feature of the followers, which entry of the norm or row of the map makes it: query heads
+                that share a value head read the same rows.
+    followers   all that reads it.
+    """
+
+    name: str
+    module: nn.Module = field(repr=False)
+    rows: tuple[int, ...] = field(repr=False)
+    followers: tuple[Matrix, ...]
+    unit_offset: bool = False
+
+
+@dataclass(frozen=True)
 class Attention:
     """One attention of a block: what produces its queries, keys and values, and its output projection.
 
@@ -343,6 +380,7 @@ class Attention:
     producers: tuple[Matrix, ...]
     output: Matrix
     head_size: int
+    norm: nn.Module | None = field(default=None, repr=False)  # what makes its input, and nothing else reads
 
     @property
     def heads(self) -> int:
@@ -374,6 +412,28 @@ class Attention:
         children = dict(self.module.named_children())
         return children.get(self.row.position_bias) if self.row.position_bias else None
 
+    @property
+    def value_rows(self) -> tuple[int, ...]:
+        """For each input feature of the output projection, the row of `value_producer` that makes it."""
+        size, sharing = self.head_size, self.heads // self.key_value_heads
+        if self.row.fused == "head by head":
+            starts = [(3 * head + 2) * size for head in range(self.heads)]
+        else:
+            first = 2 * self.heads * size if self.row.fused else 0
+            starts = [first + head // sharing * size for head in range(self.heads)]
+        return tuple(start + feature for start in starts for feature in range(size))
+
+    @property
+    def value_producer(self) -> Matrix:
+        return self.producers[0 if self.row.fused else 2]
+
+    def foldings(self, name: str, *, crossing: bool, unit_offset: bool) -> Iterator[Folding]:
+        """Its input, where a norm makes it for itself alone, and its values, which softmax only averages."""
+        if self.norm is not None:  # the keys and values of a cross-attention come from the encoder
+            readers = self.producers[: 1 if crossing else len(self.row.producers)]
+            yield Folding(f"{name}.input", self.norm, tuple(range(readers[0].in_features)), readers, unit_offset)
+        yield Folding(f"{name}.value", self.value_producer.module, self.value_rows, (self.output,))
+
 
 @dataclass(frozen=True)
 class FeedForward:
@@ -382,10 +442,21 @@ class FeedForward:
     row: Widths
     ups: tuple[Matrix, ...]
     down: Matrix
+    norm: nn.Module | None = field(default=None, repr=False)
 
     @property
     def width(self) -> int:
         return self.down.in_features
+
+    def foldings(self, *, unit_offset: bool) -> Iterator[Folding]:
+        """Its input, and in a gated one the product: what comes out of `up` meets no nonlinearity."""
+        if self.norm is not None:
+            features = tuple(range(self.ups[0].in_features))
+            yield Folding("feed_forward.input", self.norm, features, self.ups, unit_offset)
+        if self.row.fused or len(self.ups) > 1:
+            first = self.width if self.row.fused else 0
+            neurons = tuple(range(first, first + self.width))
+            yield Folding("feed_forward.product", self.ups[0].module, neurons, (self.down,))
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -403,6 +474,7 @@ class Block:
     attention: Attention
     cross_attention: Attention | None
     feed_forward: FeedForward
+    unit_offset: bool = False  # its norms multiply by 1 + weight
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
@@ -420,6 +492,15 @@ class Block:
     def shape(self) -> BlockShape:
         crossing = self.cross_attention.heads if self.cross_attention else 0
         return BlockShape(self.attention.heads, self.feed_forward.width, crossing)
+
+    @property
+    def foldings(self) -> tuple[Folding, ...]:
+        """Where scales can move without changing what the block computes, from its input on."""
+        offset = self.unit_offset
+        found = list(self.attention.foldings("attention", crossing=False, unit_offset=offset))
+        if self.cross_attention:
+            found += self.cross_attention.foldings("cross_attention", crossing=True, unit_offset=offset)
+        return *found, *self.feed_forward.foldings(unit_offset=offset)
 
 
 @dataclass(frozen=True)
@@ -488,6 +569,7 @@ def _above(network: Any, family: Family, names: Mapping[int, str]) -> tuple[str,
 def _blocks(network: Any, family: Family, stack: Stack, names: Mapping[int, str]) -> Iterator[Block]:
     config, two = network.config, len(family.stacks) > 1
     head_size = _head_size(config, family, stack)
+    pre_norm = stack.pre_norm is None or bool(getattr(config, stack.pre_norm))
     try:
         for index, module in enumerate(block_modules(network, stack)):
             yield Block(
@@ -495,11 +577,12 @@ def _blocks(network: Any, family: Family, stack: Stack, names: Mapping[int, str]
                 stack=stack.name,
                 name=f"{stack.name if two else 'block'}.{index}",
                 module=module,
-                attention=_attention(module, stack.attention, head_size, names),
-                cross_attention=_attention(module, stack.cross_attention, head_size, names)
+                attention=_attention(module, stack.attention, head_size, names, pre_norm),
+                cross_attention=_attention(module, stack.cross_attention, head_size, names, pre_norm)
                 if stack.cross_attention
                 else None,
-                feed_forward=_feed_forward(module, stack.feed_forward, names),
+                feed_forward=_feed_forward(module, stack.feed_forward, names, pre_norm),
+                unit_offset=family.unit_offset,
             )
     except AttributeError as error:
         raise ModelError(
@@ -521,19 +604,29 @@ def _head_size(config: Any, family: Family, stack: Stack) -> int:
     return int(declared or getattr(config, family.hidden) // getattr(config, stack.heads))
 
 
-def _attention(block: nn.Module, row: Projections, head_size: int, names: Mapping[int, str]) -> Attention:
+def _attention(
+    block: nn.Module, row: Projections, head_size: int, names: Mapping[int, str], pre_norm: bool
+) -> Attention:
     module = block.get_submodule(row.module)
     children = dict(module.named_children())
     paths = [*row.producers, *(name for name in row.optional if name in children)]
     producers = tuple(_matrix(module.get_submodule(path), names) for path in paths)
-    return Attention(module, row, producers, _matrix(block.get_submodule(row.output), names), head_size)
+    output, norm = _matrix(block.get_submodule(row.output), names), _norm(block, row.norm if pre_norm else None)
+    return Attention(module, row, producers, output, head_size, norm)
 
 
-def _feed_forward(block: nn.Module, rows: Sequence[Widths], names: Mapping[int, str]) -> FeedForward:
+def _feed_forward(block: nn.Module, rows: Sequence[Widths], names: Mapping[int, str], pre_norm: bool) -> FeedForward:
     modules = dict(block.named_modules())
     row = next((row for row in rows if all(up in modules for up in row.ups)), rows[-1])
     ups = tuple(_matrix(block.get_submodule(up), names) for up in row.ups)
-    return FeedForward(row, ups, _matrix(block.get_submodule(row.down), names))
+    norm = _norm(block, row.norm if pre_norm else None)
+    return FeedForward(row, ups, _matrix(block.get_submodule(row.down), names), norm)
+
+
+def _norm(block: nn.Module, name: str | None) -> nn.Module | None:
+    """None where there is none to fold into: ModernBERT's first block has an identity there."""
+    norm = block.get_submodule(name) if name else None
+    return norm if norm is not None and dict(norm.named_parameters(recurse=False)).get("weight") is not None else None
 
 
 def _matrix(module: nn.Module, names: Mapping[int, str]) -> Matrix:

@@ -339,7 +339,7 @@ def save_checkpoint(model: Model, place: str | Path) -> None:
     pruned = {names[id(parameter)]: parameter for parameter in model.pruned}
     _assert_zeros(pruned, place)
     ours: dict[str, Any] = {"task": model.task}
-    uniform = _declare_sizes(model.network)
+    uniform = declare_sizes(model.network)
     if not uniform:
         ours |= _shapes_of(model.anatomy, model.network.config)
     if pruned:
@@ -363,7 +363,7 @@ def _shapes_of(anatomy: Anatomy, config: Any) -> dict[str, Any]:
     return {"shapes": shapes} | ({} if anatomy.hidden_size == stock else {"hidden": anatomy.hidden_size})
 
 
-def _declare_sizes(network: Any) -> bool:
+def declare_sizes(network: Any) -> bool:
     """Whether the stock config can say the shapes; if so, it does afterwards."""
     anatomy, config = anatomy_of(network), network.config
     family, wanted = anatomy.family, _stock_sizes(anatomy)

@@ -27,6 +27,16 @@ def read_config(place: Path) -> dict[str, Any]:
     return config
 
 
+def refuse_foreign_grid(config: Mapping[str, Any], place: Path) -> None:
+    """ModelError on weights that are packed for a runtime: nothing here trains or compresses them."""
+    if declared := config.get("quantization_config"):
+        method = declared.get("quant_method", "another library") if isinstance(declared, dict) else declared
+        raise ModelError(
+            f"{place}: is quantized already, by {method}, for a runtime such as vLLM. Give the checkpoint that it was "
+            "made of."
+        )
+
+
 def trained_labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The label names of a checkpoint whose classification head was trained, else None."""
     architectures = config.get("architectures") or []

@@ -97,6 +97,17 @@ def integer_grid(bits: int, group_size: int | None = None, *, symmetric: bool = 
     return Grid(-highest if symmetric else 0, highest, size, scale_bits)
 
 
+def grid_of(model: Any, scheme: str, group_size: int | None = 128) -> Grid:
+    """The grid of a scheme, as the runtime of the model's kind holds it (docs/quantize.md).
+
+    model        a Model, of which the kind counts.
+    group_size   int4: weights of a row that share a scale.
+    """
+    if scheme == "int4":
+        return integer_grid(4, group_size, scale_bits=8)  # vLLM holds scales in the network's own type
+    return INT8 if model.anatomy.family.kind == "encoder" else integer_grid(8)
+
+
 def grid_parameters(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """The scale, float32, and the zero, int32, of each group: both (rows, groups). A group of zeros has scale 1.
 

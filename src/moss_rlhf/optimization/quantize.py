@@ -1,11 +1,12 @@
 """Quantize: put weights on an integer grid. The exports of the same scheme realise exactly that grid.
 
-The driver; the solvers are `round_to_grid` (nearest), GPTQ, and SparseGPT for pruning in the same pass.
+The driver; the solvers are `round_to_grid` (nearest), GPTQ, and SparseGPT for pruning in the same pass. Before them,
+SmoothQuant or AWQ may move scales between the layers (`scaling.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
@@ -13,17 +14,20 @@ from torch import Tensor
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import Matrix
 from moss_rlhf.model.checkpoint import Model
-from moss_rlhf.model.grid import INT8, Grid, integer_grid, quantized_tables, round_to_grid
+from moss_rlhf.model.grid import Grid, grid_of, quantized_tables, round_to_grid
 from moss_rlhf.model.processor import fast_int8, processor_flags
 from moss_rlhf.model.quantization import Quantization, Scheme
-from moss_rlhf.model.replay import InputStatistics, calibrate, visit_blocks
+from moss_rlhf.model.replay import Batch, InputStatistics, calibrate, visit_blocks
 from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches
 from moss_rlhf.optimization.gptq import round_by_gptq, shortage
+from moss_rlhf.optimization.scaling import scale_for_awq, smooth_activations
 from moss_rlhf.optimization.sparsegpt import prune_by_sparsegpt
 from moss_rlhf.progress import Progress
+from moss_rlhf.recipe.compression import combination_fault
 from moss_rlhf.tasks.loading import encoded
 
 _DAMPING = 0.01
+_METHODS = ("nearest", "gptq", "awq")
 _SCHEMES: Mapping[str, str] = {
     "int8": "int8, symmetric, one scale an output channel and a token; activations dynamic",
     "int8_static": "int8, symmetric, one scale an output channel and a token; activations in fixed ranges",
@@ -36,7 +40,8 @@ def quantize(
     train: Any = None,
     *,
     scheme: Scheme = "int8",
-    method: Literal["nearest", "gptq"] = "nearest",
+    method: Literal["nearest", "gptq", "awq"] = "nearest",
+    smooth: float = 0.0,
     group_size: int = 128,
     activation_order: bool = False,
     sparsity: float = 0.0,
@@ -46,46 +51,47 @@ def quantize(
 ) -> dict[str, object]:
     """Round the weights to the scheme's grid, in place, and declare it; returns the facts. Zeros stay zeros.
 
-    train              rows; `rows` of them, drawn by `seed`, are what gptq and int8_static measure on.
+    train              rows; `rows` of them, drawn by `seed`, are what gptq, awq, smooth and int8_static measure on.
     scheme             int8 (matrices and embedding tables; the runtime quantizes activations by each batch's range),
                        int8_static (in ranges measured here), or int4 (the blocks' matrices only, `group_size` weights
                        of a row sharing a scale).
-    method             nearest, or gptq (Frantar et al. 2022, arXiv:2210.17323): errors are made up for, block by block.
+    method             nearest; gptq (Frantar et al. 2022, arXiv:2210.17323): errors are made up for, block by block; or
+                       awq (Lin et al. 2023, arXiv:2306.00978): input features of large activations are scaled up
+                       before rounding to nearest.
+    smooth             int8, int8_static: SmoothQuant's alpha (Xiao et al. 2022, arXiv:2211.10438), how much of the
+                       activations' outliers moves into the weights, up to 1; 0: off.
     activation_order   gptq: columns of large inputs first.
     sparsity           gptq: this share of every matrix becomes zero in the same pass (arXiv:2301.00774, §3.4).
     raises             ModelError where the model is quantized already or holds inf or nan, a group does not fill a row
-                       evenly, or options do not go together; nothing is changed then.
+                       evenly, or options do not go together; nothing is changed then. ModelError where an activation
+                       is not finite; DataError where there are no rows.
     """
-    _refuse(model, scheme, method, activation_order, sparsity, train)
+    _refuse(model, scheme, method, smooth, activation_order, sparsity, train)
     grid = grid_of(model, scheme, group_size)
     _refuse_misfits(model, grid)
-    progress = progress or Progress(quiet=True)
-    solver = _Solver(model, grid, method, activation_order, sparsity)
-    notes: dict[str, object] = {}
-    if method == "gptq" or scheme == "int8_static":
+    progress, notes = progress or Progress(quiet=True), dict[str, object]()
+    batches: list[Batch] = []
+    if measures(scheme, method, smooth):
         sample = calibration_rows(encoded(model, train), rows, seed)
         batches = list(labelled_batches(model, sample))
-        for visit in calibrate(model, batches, gather="grams" if method == "gptq" else "norms", progress=progress):
-            for matrix in visit.block.matrices:
-                solver.solve(matrix, visit.statistics[matrix.name])
-        notes = {"rows_measured": len(sample)} | solver.facts()
-    else:
-        for block in visit_blocks(model):
-            for matrix in block.matrices:
-                solver.write(matrix, round_to_grid(matrix.weight, grid))
+        notes["rows_measured"] = len(sample)
+    if smooth:
+        notes |= smooth_activations(model, batches, smooth, progress)
+    if method == "awq":
+        notes |= scale_for_awq(model, batches, grid, progress)
+    solver = _Solver(model, grid, method, activation_order, sparsity)
+    solver.run(batches if method == "gptq" or scheme == "int8_static" else [], progress)
     if scheme != "int4":
         for table in quantized_tables(model.network):
             solver.write(table, round_to_grid(table.weight, grid))
     ranges = solver.ranges if scheme == "int8_static" else {}
     model.quantization = Quantization(scheme, group_size if scheme == "int4" else None, ranges)
-    return _facts(solver.errors, scheme, method) | notes
+    return _facts(solver.errors, scheme, method) | notes | solver.facts()
 
 
-def grid_of(model: Model, scheme: str, group_size: int = 128) -> Grid:
-    """The grid of a scheme, as the runtime of the model's kind holds it (docs/quantize.md)."""
-    if scheme == "int4":
-        return integer_grid(4, group_size)
-    return INT8 if model.anatomy.family.kind == "encoder" else integer_grid(8)
+def measures(scheme: str, method: str, smooth: float) -> bool:
+    """Whether rows are needed."""
+    return method != "nearest" or scheme == "int8_static" or smooth > 0
 
 
 class _Solver:
@@ -100,9 +106,22 @@ class _Solver:
         self.errors: dict[str, float] = {}
         self.short: dict[str, str] = {}
 
+    def run(self, batches: Sequence[Batch], progress: Progress) -> None:
+        """Round every matrix of the blocks; without batches, to nearest."""
+        if not batches:
+            for block in visit_blocks(self.model):
+                for matrix in block.matrices:
+                    self.write(matrix, round_to_grid(matrix.weight, self.grid))
+            return
+        for visit in calibrate(
+            self.model, batches, gather="grams" if self.method == "gptq" else "norms", progress=progress
+        ):
+            for matrix in visit.block.matrices:
+                self.solve(matrix, visit.statistics[matrix.name])
+
     def solve(self, matrix: Matrix, found: InputStatistics) -> None:
         self.ranges[matrix.name] = (min(found.least, 0.0), max(found.most, 0.0))
-        if self.method == "nearest" or found.gram is None:
+        if self.method != "gptq" or found.gram is None:
             self.write(matrix, round_to_grid(matrix.weight, self.grid))
             return
         if short := shortage(found.tokens, matrix.in_features):
@@ -150,20 +169,28 @@ class _Solver:
         return found
 
 
-def _refuse(model: Model, scheme: str, method: str, activation_order: bool, sparsity: float, train: Any) -> None:
+def _refuse(
+    model: Model,
+    scheme: str,
+    method: str,
+    smooth: float,
+    activation_order: bool,
+    sparsity: float,
+    train: Any,
+) -> None:
     if model.quantization:
         raise ModelError(
             f"quantize: the model is quantized already ({model.quantization}); start from the checkpoint before."
         )
     if scheme not in _SCHEMES:
         raise ModelError(f"quantize: scheme must be {', '.join(_SCHEMES)}, got {scheme!r}.")
-    if method != "gptq" and (activation_order or sparsity):
-        raise ModelError("quantize: activation_order and sparsity are for method gptq. Leave them out, or set it.")
-    if not 0 <= sparsity < 1:
-        raise ModelError(f"quantize: sparsity must be in [0, 1), got {sparsity}. Give a share such as 0.5.")
+    if method not in _METHODS:
+        raise ModelError(f"quantize: method must be {', '.join(_METHODS)}, got {method!r}.")
+    if fault := combination_fault(scheme, method, smooth, activation_order, sparsity):
+        raise ModelError(f"quantize: {fault}")
     if scheme == "int8_static" and model.anatomy.family.kind != "encoder":
         raise ModelError("quantize: int8_static is for encoders, whose runtime takes fixed ranges. Give scheme int8.")
-    if train is None and (method == "gptq" or scheme == "int8_static"):
+    if train is None and measures(scheme, method, smooth):
         raise ModelError(f"quantize: method {method} with scheme {scheme} measures on rows; give training rows.")
 
 

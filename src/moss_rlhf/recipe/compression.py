@@ -95,11 +95,41 @@ class QuantizeSpec(Spec):
     scheme: Literal["int8", "int8_static", "int4"] = Field(
         "int8", description="int8: activations at run time; int8_static: their ranges fixed; int4: weights only"
     )
-    method: Literal["nearest", "gptq"] = "nearest"
+    method: Literal["nearest", "gptq", "awq"] = Field(
+        "nearest", description="gptq: later columns make up for errors; awq: features of large activations scaled up"
+    )
+    smooth: float = Field(
+        0.0, ge=0, le=1, description="int8: SmoothQuant's alpha, how much of the activations' outliers the weights take"
+    )
     group_size: Positive = Field(128, description="int4: weights of a row that share a scale")
     activation_order: bool = Field(False, description="gptq: columns of large activations first")
     sparsity: Removed = Field(0.0, description="gptq: prune this share in the same pass (SparseGPT)")
     rows: CalibrationRows = 128
+
+    @model_validator(mode="after")
+    def _together(self) -> QuantizeSpec:
+        fault = combination_fault(self.scheme, self.method, self.smooth, self.activation_order, self.sparsity)
+        if fault:
+            raise PydanticCustomError("together", "{fault}", {"fault": fault})
+        return self
+
+
+def combination_fault(scheme: str, method: str, smooth: float, activation_order: bool, sparsity: float) -> str | None:
+    """One sentence where `quantize`'s options do not go together or are out of range, else None."""
+    faults = {
+        f"activation_order and sparsity are for method gptq, not {method}. Leave them out, or give gptq.": (
+            method != "gptq" and bool(activation_order or sparsity)
+        ),
+        f"sparsity must be in [0, 1), got {sparsity}. Give a share such as 0.5.": not 0 <= sparsity < 1,
+        f"smooth must be in [0, 1], got {smooth}. Give a share such as 0.5.": not 0 <= smooth <= 1,
+        "smooth evens out activations for int8 and int8_static; with int4 they stay in float. Leave it out.": (
+            smooth > 0 and scheme == "int4"
+        ),
+        "smooth and method awq move the same scales for different ends. Give one of them.": (
+            smooth > 0 and method == "awq"
+        ),
+    }
+    return next((fault for fault, holds in faults.items() if holds), None)
 
 
 class SensitivitySpec(Spec):

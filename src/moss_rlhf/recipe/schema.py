@@ -36,7 +36,7 @@ class Recipe(Spec):
     stages: list[Stage] = Field(min_length=1, json_schema_extra=allow_short_forms)
     search: SearchSpec | None = Field(None, description="find the best values of some fields on validation first")
     evaluate: EvaluateSpec = EvaluateSpec()
-    export: list[Literal["onnx"]] = Field(default_factory=list)
+    export: list[Literal["onnx", "compressed-tensors"]] = Field(default_factory=list)
     trust_remote_code: bool = Field(
         False, description="run code that the checkpoint brings along; off unless you set it"
     )

@@ -20,7 +20,7 @@ def _as_text(value: object) -> object:
     return str(value) if isinstance(value, int | float) else value
 
 
-OUR_FAULTS = frozenset({"unknown_key", "one_source", "nothing", "stage", "order", "pattern", "phases"})
+OUR_FAULTS = frozenset({"unknown_key", "one_source", "nothing", "stage", "order", "pattern", "phases", "together"})
 """Types of the errors raised here, whose messages are whole sentences already."""
 
 Name = Annotated[str, BeforeValidator(_as_text), WithJsonSchema({"type": ["string", "number", "boolean"]})]

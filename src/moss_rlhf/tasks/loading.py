@@ -8,7 +8,7 @@ from typing import Any
 
 from moss_rlhf.errors import DataError, ModelError
 from moss_rlhf.model.checkpoint import Model, load_checkpoint, load_pretrained
-from moss_rlhf.model.config import KEY, read_config, trained_labels
+from moss_rlhf.model.config import KEY, read_config, refuse_foreign_grid, trained_labels
 from moss_rlhf.model.locate import locate
 from moss_rlhf.tasks import TASKS, TextClassification
 
@@ -29,6 +29,7 @@ def load(
     """
     place = locate(str(path))
     config = read_config(place)
+    refuse_foreign_grid(config, place)
     name = task or config.get(KEY, {}).get("task", TextClassification.name)
     auto_class = TASKS[name].auto_class()
     if offload:
