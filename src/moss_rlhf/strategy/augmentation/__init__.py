@@ -17,6 +17,7 @@ from moss_rlhf.strategy.augmentation.back_translation import BackTranslation, ch
 from moss_rlhf.strategy.augmentation.draws import Draws, key_of
 from moss_rlhf.strategy.augmentation.masked import MaskedWords, check_masked_model, load_masked_words
 from moss_rlhf.strategy.augmentation.mixup import Mixed, mixup, mixup_loss
+from moss_rlhf.strategy.augmentation.requirements import check_operations, language_of
 from moss_rlhf.strategy.augmentation.rows import augment_rows, augmentation_facts, check_task, make_copy
 from moss_rlhf.strategy.augmentation.synonyms import find_wordnet, wordnet_synonyms
 from moss_rlhf.strategy.augmentation.words import Language, check_jieba, tell_language
@@ -38,10 +39,12 @@ __all__ = [
     "change_text",
     "check_jieba",
     "check_masked_model",
+    "check_operations",
     "check_task",
     "check_translator",
     "find_wordnet",
     "key_of",
+    "language_of",
     "load_back_translation",
     "load_masked_words",
     "make_copy",

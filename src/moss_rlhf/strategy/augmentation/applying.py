@@ -12,7 +12,6 @@ from moss_rlhf.strategy.augmentation.draws import Draws
 from moss_rlhf.strategy.augmentation.operations import (
     CHINESE_MARKS,
     Change,
-    Synonyms,
     changes,
     delete_words,
     insert_punctuation,
@@ -22,6 +21,7 @@ from moss_rlhf.strategy.augmentation.operations import (
     slip_characters,
     slip_letters,
     swap_words,
+    with_synonyms,
 )
 from moss_rlhf.strategy.augmentation.synonyms import wordnet_synonyms
 from moss_rlhf.strategy.augmentation.words import (
@@ -69,30 +69,23 @@ def word_operations(rates: Mapping[str, float], language: Language) -> list[Word
     needs_words = {"synonym", "insert", "swap", "delete"} & set(asked)
     split = splitter(language) if needs_words or language != "zh" else split_characters
     synonyms = wordnet_synonyms() if {"synonym", "insert"} & set(asked) else _no_synonyms
-    made = _changes(language, split, synonyms)
-    return [
-        WordOperation(name, asked[name], change, own_split, FREE[language])
-        for name, (change, own_split) in made.items()
-        if name in asked
-    ]
+    chinese, free = language == "zh", FREE[language]
+    with_one = with_synonyms(free, synonyms)
+    punctuation = partial(insert_punctuation, marks=CHINESE_MARKS, space="") if chinese else insert_punctuation
+    made: dict[str, tuple[Change, Split, IsFree]] = {
+        "synonym": (partial(replace_with_synonyms, synonyms=synonyms), split, with_one),
+        "insert": (partial(insert_synonyms, synonyms=synonyms), split, with_one),
+        "swap": (swap_words, split, free),
+        "delete": (delete_words, split, free),
+        "typo": (slip_characters, split_characters, free) if chinese else (slip_letters, split, free),
+        "keyboard": (press_neighbours, split, free),
+        "punctuation": (punctuation, split, bool),
+    }
+    return [WordOperation(name, asked[name], *how) for name, how in made.items() if name in asked]
 
 
 def _no_synonyms(word: str) -> Sequence[str]:
     return ()
-
-
-def _changes(language: Language, split: Split, synonyms: Synonyms) -> dict[str, tuple[Change, Split]]:
-    chinese = language == "zh"
-    punctuation = partial(insert_punctuation, marks=CHINESE_MARKS, space="") if chinese else insert_punctuation
-    return {
-        "synonym": (partial(replace_with_synonyms, synonyms=synonyms), split),
-        "insert": (partial(insert_synonyms, synonyms=synonyms), split),
-        "swap": (swap_words, split),
-        "delete": (delete_words, split),
-        "typo": (slip_characters, split_characters) if chinese else (slip_letters, split),
-        "keyboard": (press_neighbours, split),
-        "punctuation": (punctuation, split),
-    }
 
 
 def change_text(text: str, operations: Sequence[WordOperation], draws: Draws) -> str:

@@ -7,6 +7,7 @@ returns new words. EDA: Wei & Zou 2019, arXiv:1901.11196; AEDA: Karimi et al. 20
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 from moss_rlhf.strategy.augmentation.draws import Draws
 from moss_rlhf.strategy.augmentation.words import IsFree, parts
@@ -31,9 +32,10 @@ def choose(words: Sequence[str], free: IsFree, count: int, draws: Draws) -> list
     Looking at drawn words only takes a quarter of the time of looking at all of them, which is done where luck fails.
     """
     chosen: list[int] = []
+    length, below = len(words), draws.below
     for _ in range(4 * count + 8 if words else 0):
-        position = draws.below(len(words))
-        if position not in chosen and free(words[position]):
+        position = below(length)
+        if free(words[position]) and position not in chosen:
             chosen.append(position)
             if len(chosen) == count:
                 return chosen
@@ -88,25 +90,26 @@ def _remove(words: list[str], position: int) -> None:
 def replace_with_synonyms(
     words: Sequence[str], free: IsFree, count: int, draws: Draws, synonyms: Synonyms
 ) -> list[str]:
-    """Put a synonym in the place of `count` words that have one."""
+    """Put a synonym in the place of `count` words; `free` are those that have one, see `with_synonyms`."""
     changed = list(words)
-    for position in choose(words, _with_synonyms(free, synonyms), count, draws):
+    for position in choose(words, free, count, draws):
         before, core, after = parts(changed[position])
         changed[position] = before + draws.one(synonyms(core)) + after
     return changed
 
 
 def insert_synonyms(words: Sequence[str], free: IsFree, count: int, draws: Draws, synonyms: Synonyms) -> list[str]:
-    """Put a synonym of one of the words before any word, `count` times."""
+    """Put a synonym of one of the words before any word, `count` times; `free` as in `replace_with_synonyms`."""
     changed = list(words)
-    for position in choose(words, _with_synonyms(free, synonyms), count, draws):
+    for position in choose(words, free, count, draws):
         synonym = draws.one(synonyms(parts(words[position])[1]))
         changed.insert(draws.below(len(changed)), f"{synonym} ")
     return changed
 
 
-def _with_synonyms(free: IsFree, synonyms: Synonyms) -> IsFree:
-    return lambda word: free(word) and bool(synonyms(parts(word)[1]))
+def with_synonyms(free: IsFree, synonyms: Synonyms) -> IsFree:
+    """The free words that have a synonym; remembers what it was asked."""
+    return lru_cache(None)(lambda word: free(word) and bool(synonyms(parts(word)[1])))
 
 
 def insert_punctuation(

@@ -20,7 +20,7 @@ from moss_rlhf.strategy.augmentation.operations import Synonyms
 
 _POS = ("noun", "verb", "adj", "adv")
 _POS_OF_KEY = {"1": "noun", "2": "verb", "3": "adj", "4": "adv", "5": "adj"}  # ss_type of a sense key; 5: satellite
-_NEEDED = ("cntlist.rev", *(f"{kind}.{pos}" for pos in _POS for kind in ("index", "data")))
+FILES = ("cntlist.rev", *(f"{kind}.{pos}" for pos in _POS for kind in ("index", "data")))
 _MARKER = re.compile(r"\((a|p|ip)\)$")  # of an adjective's place in the sentence
 Read = Callable[[str], bytes]
 # words of the closed classes have entries too ("a": the ångström), which no sentence means
@@ -77,7 +77,7 @@ def find_wordnet() -> Read:
     raises   MachineError where no folder holds them.
     """
     for place in _places():
-        if all((place / name).is_file() for name in _NEEDED):
+        if all((place / name).is_file() for name in FILES):
             return partial(_whole, place)
         packed = place.with_name(f"{place.name}.zip")
         if packed.is_file():

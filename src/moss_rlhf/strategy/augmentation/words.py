@@ -30,8 +30,10 @@ _SPACED = re.compile(r"\s*\S+\s*")
 _PARTS = re.compile(r"([\W_]*)(.*?)([\W_]*)", re.DOTALL)
 _CHARACTERS = re.compile(rf"[{_HAN}]|\s+|[^\s{_HAN}]+")
 _NEGATIONS = frozenset(
-    ["no", "not", "never", "none", "nobody", "nothing", "nowhere", "neither", "nor", "cannot", "without"]
-    + ["hardly", "barely", "scarcely"]
+    [
+        *("no", "not", "never", "none", "nobody", "nothing", "nowhere", "neither", "nor", "cannot", "without"),
+        *("hardly", "barely", "scarcely"),
+    ]
 )
 _CHINESE_NEGATIONS = frozenset("不没沒无無非未别別莫勿否")
 _CACHED = 2**16  # different words: a language's texts hold few
