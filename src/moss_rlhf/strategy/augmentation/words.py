@@ -94,9 +94,8 @@ def _jieba() -> Any:
         import jieba
 
         jieba.setLogLevel("WARNING")
-        tokenizer = jieba.Tokenizer()
-        tokenizer.initialize()
-    return tokenizer
+        jieba.initialize()  # a second, once a process
+    return jieba
 
 
 def check_jieba() -> None:
