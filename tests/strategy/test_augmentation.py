@@ -321,7 +321,7 @@ def test_answers_stand_where_they_are_said_to(rate, monkeypatch, wordnet):
     monkeypatch.setenv("NLTK_DATA", str(wordnet))
     names = ("synonym", "insert", "swap", "delete", "typo", "keyboard", "punctuation")
     operations = word_operations(dict.fromkeys(names, rate), "en")
-    source = random.Random(0)
+    source, changed = random.Random(0), 0
     for seed in range(150):
         answers = [_span(CONTEXT, source) for _ in range(source.randrange(4))]
         used = source.sample(operations, source.randint(1, 4))
@@ -329,7 +329,8 @@ def test_answers_stand_where_they_are_said_to(rate, monkeypatch, wordnet):
         assert [answer.text for answer in made.answers] == [text for _, text in answers]
         for answer in made.answers:
             assert made.context[answer.start : answer.start + len(answer.text)] == answer.text
-        assert made.context != CONTEXT or len(answers) > 1 or len(answers[0][1]) > 20 or rate < 0.2
+        changed += made.context != CONTEXT
+    assert changed > 120
 
 
 def test_answers_in_chinese_stand_where_they_are_said_to():
@@ -359,7 +360,6 @@ def test_a_question_loses_no_words():
 
 def test_an_answer_that_is_not_there_is_an_error():
     with pytest.raises(ValueError, match="'1890' does not stand at 3"):
-        augment_answerable(CONTEXT, "When?", [(3, "1890")], [], Draws(0))
         augment_answerable(CONTEXT, "When?", [(3, "1890")], word_operations({"swap": 0.1}, "en"), Draws(0))
 
 

@@ -41,7 +41,7 @@ would yet you your yours yourself
 class Sense(NamedTuple):
     """The sense that a word most often has: how often it was met in SemCor, and where it stands in data.<pos>."""
 
-    count: int
+    met: int
     pos: str
     offset: int
 
@@ -117,7 +117,7 @@ def _senses(read: Read) -> dict[str, Sense]:
     for pos in _POS:
         for word, offset in _first_offsets(read(f"index.{pos}").decode()):
             sense = Sense(counts.get((word, pos), 0), pos, offset)
-            if word not in senses or sense.count > senses[word].count:
+            if word not in senses or sense.met > senses[word].met:
                 senses[word] = sense
     return senses
 
