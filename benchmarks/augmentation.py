@@ -1,8 +1,8 @@
 """What augmentation takes: 1,000 sentences through each operation, and through four word operations in turn.
 
-`python benchmarks/augmentation.py --data train.tsv`, a file whose first column is a sentence. WordNet must be where nltk
-looks for it. One thread; processor time of the best of 20 rounds, wall time of the same round beside it, for the machine
-may be busy. The first round, which also looks up every synonym for the first time, is given by itself.
+`python benchmarks/augmentation.py --data train.tsv`, a file whose first column is a sentence. WordNet must be where
+nltk looks for it. One thread; processor time of the best of 50 rounds, wall time of the same round beside it, for the
+machine may be busy. The first round, which also looks up every synonym for the first time, is given by itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moss_rlhf.strategy.augmentation import (
 
 FOUR = ("synonym", "insert", "swap", "delete")
 RATES = dict.fromkeys((*FOUR, "typo", "keyboard"), 0.1) | {"punctuation": 0.3}
-SENTENCES, ROUNDS, ASKED = 1000, 20, 25
+SENTENCES, ROUNDS, ASKED = 1000, 50, 25
 
 
 def seconds(sentences: Sequence[str], operations: Sequence[WordOperation]) -> tuple[float, float]:

@@ -20,7 +20,6 @@ from moss_rlhf.strategy.augmentation.operations import (
     MARKS,
     NEIGHBOURS,
     changes,
-    choose,
     delete_words,
     insert_punctuation,
     insert_synonyms,
@@ -101,12 +100,12 @@ def test_a_rate_rounds_down_and_changes_one_word_at_least(rate, length, count):
 def test_every_set_of_positions_is_as_likely():
     words = ["a", ",", "b", "c", ".", "d"]
     draws = Draws(3)
-    found = Counter(frozenset(choose(words, str.isalpha, 2, draws)) for _ in range(6000))
+    found = Counter(frozenset(draws.positions(words, str.isalpha, 2)) for _ in range(6000))
     assert len(found) == 6
     assert max(abs(count - 1000) for count in found.values()) < 150
-    assert sorted(choose(words, str.isalpha, 9, draws)) == [0, 2, 3, 5]
+    assert sorted(draws.positions(words, str.isalpha, 9)) == [0, 2, 3, 5]
     rare = ["."] * 200 + ["x"]
-    assert choose(rare, str.isalpha, 1, draws) == [200]
+    assert draws.positions(rare, str.isalpha, 1) == [200]
 
 
 @pytest.mark.parametrize("seed", range(30))

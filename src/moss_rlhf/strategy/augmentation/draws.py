@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
+from itertools import compress
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_TRIES = 8  # beyond the positions asked for; then all items are looked at
 _MULTIPLIER, _INCREMENT = 6364136223846793005, 1442695040888963407
 
 
@@ -38,6 +40,25 @@ class Draws:
         """A whole number from 0 to count - 1, count at most 2³²."""
         self._state = state = (self._state * _MULTIPLIER + _INCREMENT) & _MASK
         return (state >> 32) * count >> 32
+
+    def positions(self, items: Sequence[Item], wanted: Callable[[Item], object], count: int) -> list[int]:
+        """`count` different positions of wanted items, in random order, each set as likely; fewer where fewer are.
+
+        A few drawn items are looked at first, which mostly is enough, and all of them where luck fails. The draws are
+        `below`'s, written out: half of an operation's time is here.
+        """
+        chosen: list[int] = []
+        length, state = len(items), self._state
+        for _ in range(count + _TRIES if length and count else 0):
+            state = (state * _MULTIPLIER + _INCREMENT) & _MASK
+            position = (state >> 32) * length >> 32
+            if wanted(items[position]) and position not in chosen:
+                chosen.append(position)
+                if len(chosen) == count:
+                    self._state = state
+                    return chosen
+        self._state = state
+        return self.some(list(compress(range(length), map(wanted, items))), count)
 
     def share(self) -> float:
         """A number in [0, 1), a multiple of 2⁻³²."""

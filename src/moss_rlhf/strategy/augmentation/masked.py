@@ -15,7 +15,7 @@ from moss_rlhf.errors import ModelError
 from moss_rlhf.model.config import position_limit, read_config
 from moss_rlhf.model.locate import locate
 from moss_rlhf.strategy.augmentation.draws import Draws
-from moss_rlhf.strategy.augmentation.operations import changes, choose
+from moss_rlhf.strategy.augmentation.operations import changes
 from moss_rlhf.strategy.augmentation.words import FREE, Language, parts, split_characters, split_spaced
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def check_masked_model(model: str) -> Path:
 
 def _mask(text: str, model: MaskedWords, draws: Draws) -> Masked:
     words = (split_characters if model.language == "zh" else split_spaced)(text)
-    positions = sorted(choose(words, FREE[model.language], changes(model.share, len(words)), draws))
+    positions = sorted(draws.positions(words, FREE[model.language], changes(model.share, len(words))))
     shown = list(words)
     for position in positions:
         before, _, after = parts(words[position])

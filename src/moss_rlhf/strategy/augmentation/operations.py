@@ -26,32 +26,19 @@ def changes(rate: float, length: int) -> int:
     return max(1, int(rate * length)) if rate > 0 and length else 0
 
 
-def choose(words: Sequence[str], free: IsFree, count: int, draws: Draws) -> list[int]:
-    """`count` different positions of free words, in random order, each set as likely; fewer where there are fewer.
-
-    Looking at drawn words only takes a quarter of the time of looking at all of them, which is done where luck fails.
-    """
-    chosen: list[int] = []
-    length, below = len(words), draws.below
-    for _ in range(4 * count + 8 if words else 0):
-        position = below(length)
-        if free(words[position]) and position not in chosen:
-            chosen.append(position)
-            if len(chosen) == count:
-                return chosen
-    return draws.some([position for position, word in enumerate(words) if free(word)], count)
-
-
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
 def swap_words(words: Sequence[str], free: IsFree, count: int, draws: Draws) -> list[str]:
-    """Exchange two different words, `count` times; punctuation and white space stay where they are."""
+    """Exchange the words of `count` pairs, no word twice; punctuation and white space stay where they are."""
     changed = list(words)
-    for _ in range(count):
-        for first in choose(changed, free, 1, draws):
-            for second in choose(changed, _other_than(changed[first], free), 1, draws):
-                _exchange(changed, first, second)
+    chosen = draws.positions(changed, free, 2 * count)
+    for first, second in zip(chosen[::2], chosen[1::2], strict=False):  # an odd one out stays
+        if parts(changed[first])[1] != parts(changed[second])[1]:
+            _exchange(changed, first, second)
+        else:  # the same word twice: any other one
+            for another in draws.positions(changed, _other_than(changed[first], free), 1):
+                _exchange(changed, first, another)
     return changed
 
 
@@ -71,7 +58,7 @@ def delete_words(words: Sequence[str], free: IsFree, count: int, draws: Draws) -
     EDA draws for each word whether it goes, with probability rate; here the number is fixed: rate · length.
     """
     changed = list(words)
-    for position in sorted(choose(words, free, count + 1, draws)[1:], reverse=True):  # the first one drawn stays
+    for position in sorted(draws.positions(words, free, count + 1)[1:], reverse=True):  # the first one drawn stays
         _remove(changed, position)
     return changed
 
@@ -92,7 +79,7 @@ def replace_with_synonyms(
 ) -> list[str]:
     """Put a synonym in the place of `count` words; `free` are those that have one, see `with_synonyms`."""
     changed = list(words)
-    for position in choose(words, free, count, draws):
+    for position in draws.positions(words, free, count):
         before, core, after = parts(changed[position])
         changed[position] = before + draws.one(synonyms(core)) + after
     return changed
@@ -101,7 +88,7 @@ def replace_with_synonyms(
 def insert_synonyms(words: Sequence[str], free: IsFree, count: int, draws: Draws, synonyms: Synonyms) -> list[str]:
     """Put a synonym of one of the words before any word, `count` times; `free` as in `replace_with_synonyms`."""
     changed = list(words)
-    for position in choose(words, free, count, draws):
+    for position in draws.positions(words, free, count):
         synonym = draws.one(synonyms(parts(words[position])[1]))
         changed.insert(draws.below(len(changed)), f"{synonym} ")
     return changed
@@ -118,7 +105,7 @@ def insert_punctuation(
     """AEDA: put from 1 to `count` marks before words, each number as likely; no word is changed."""
     changed = list(words)
     number = 1 + draws.below(count) if count else 0
-    for position in sorted(choose(words, bool, number, draws), reverse=True):
+    for position in sorted(draws.positions(words, bool, number), reverse=True):
         changed.insert(position, draws.one(marks) + space)
     return changed
 
@@ -138,7 +125,7 @@ def _change_letters(
     words: Sequence[str], free: IsFree, count: int, draws: Draws, change: Callable[[str, Draws], str]
 ) -> list[str]:
     changed = list(words)
-    for position in choose(words, lambda word: free(word) and len(parts(word)[1]) >= _SHORTEST, count, draws):
+    for position in draws.positions(words, lambda word: free(word) and len(parts(word)[1]) >= _SHORTEST, count):
         before, core, after = parts(changed[position])
         changed[position] = before + change(core, draws) + after
     return changed
@@ -182,7 +169,7 @@ NEIGHBOURS: Mapping[str, str] = _neighbours()
 def slip_characters(words: Sequence[str], free: IsFree, count: int, draws: Draws) -> list[str]:
     """Chinese, `words` being characters: `count` of them change places with the next, are left out, or come twice."""
     changed = list(words)
-    for position in choose(words, free, count + 1, draws)[1:]:  # one stays in any case
+    for position in draws.positions(words, free, count + 1)[1:]:  # one stays in any case
         kind, after = draws.below(3), position + 1
         if kind == 0 and after < len(words) and free(changed[after]) and changed[position] != changed[after]:
             changed[position], changed[after] = changed[after], changed[position]
