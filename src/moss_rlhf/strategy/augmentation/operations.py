@@ -116,7 +116,7 @@ def insert_punctuation(
 def slip_letters(words: Sequence[str], free: IsFree, count: int, draws: Draws) -> list[str]:
     """In `count` words of four letters or more: two neighbours exchanged, a letter left out, or one written twice.
 
-    The first letter stays: readers and typists rarely miss it (Pruthi et al. 2019, arXiv:1905.11268, §3).
+    The first letter stays: readers and typists rarely miss it (Pruthi et al. 2019, arXiv:1905.11268).
     """
     return _change_letters(words, free, count, draws, _slip)
 

@@ -1,6 +1,6 @@
 """Synonyms from WordNet's own files, where nltk's downloader or a package of the system has put them.
 
-Reading them takes a third of a second; `nltk`'s reader takes ten, and a millisecond a word. Nothing is downloaded.
+Reading them takes half a second; `nltk`'s own reader takes ten, and a millisecond a word. Nothing is downloaded.
 The format: https://wordnet.princeton.edu/documentation/wndb5wn (Fellbaum 1998, *WordNet*).
 """
 
