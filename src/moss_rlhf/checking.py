@@ -45,6 +45,8 @@ from moss_rlhf.model.cost import (
 from moss_rlhf.model.locate import locate, read_header, weight_files
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import (
+    RATES,
+    AugmentSpec,
     CacheSpec,
     FinetuneSpec,
     NarrowSpec,
@@ -59,6 +61,8 @@ from moss_rlhf.recipe import (
 )
 from moss_rlhf.rundir import refuse_foreign
 from moss_rlhf.strategy import Run, cached_runs, frozen_blocks, lowest_trained
+from moss_rlhf.strategy.augmentation import check_masked_model, check_operations, check_translator, language_of
+from moss_rlhf.strategy.augmentation.words import Language
 from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.lengths import choose_max_length, length_facts
 
@@ -127,6 +131,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
         recipe.data, task.columns, seed=recipe.seed, known_labels=known, progress=progress or Progress(quiet=True)
     )
     check_labels(recipe, config, data.labels)
+    check_augmentation(recipe, data.samples["train"])
     lengths = {split: _token_lengths(place, texts) for split, texts in data.samples.items()}
     limit = position_limit(config, float("inf"))
     longest = choose_max_length(recipe.data.max_length, lengths["train"], limit)
@@ -335,6 +340,43 @@ def check_labels(recipe: Recipe, config: dict[str, Any], labels: Sequence[str]) 
         )
 
 
+def check_augmentation(recipe: Recipe, texts: Sequence[str]) -> Language | None:
+    """Whether the copies asked for can be made of such texts on this machine; returns the language, None without any.
+
+    raises   RecipeError, MachineError or ModelError on what the language, the machine or a model can't do; RecipeError
+             where the copies are for a teacher and no stage has one.
+    """
+    spec = recipe.data.augment
+    if spec is None:
+        return None
+    if spec.use == "distill" and not any(trains_on_copies(spec, stage_spec(stage)) for stage in recipe.stages):
+        raise RecipeError(
+            "data.augment.use: distill wants a stage with a teacher, and no finetune has distill. "
+            "Give one distill, or set use: always."
+        )
+    language = language_of(spec.language, texts)
+    check_operations(operation_names(spec), language, recipe.task)
+    if spec.masked_lm:
+        check_masked_model(spec.masked_lm.model)
+    if spec.back_translation:
+        check_translator(spec.back_translation.to, "to")
+        check_translator(spec.back_translation.back, "back")
+    return language
+
+
+def operation_names(spec: AugmentSpec) -> list[str]:
+    """The operations that a recipe asks for, by their fields."""
+    models = [name for name in ("masked_lm", "back_translation") if getattr(spec, name)]
+    return [*(name for name in RATES if getattr(spec, name)), *models]
+
+
+def trains_on_copies(augment: AugmentSpec | None, spec: object) -> bool:
+    """Whether a stage trains on the augmented copies: every fine-tuning, or only those with a teacher."""
+    if augment is None or not isinstance(spec, FinetuneSpec):
+        return False
+    return augment.use == "always" or spec.distill is not None
+
+
 def check_output(recipe: Recipe, place: Path) -> None:
     """Whether the output can be written and the disk holds what a run from the start will leave."""
     parameters = _initial_state(place, read_config(place), labels=2).parameters
@@ -415,7 +457,11 @@ def _forecasts(
     forecasts = []
     for stage in recipe.stages:
         spec = stage_spec(stage)
-        flops, memory = _work(spec, state, rows, length, longest)
+        copies = (
+            recipe.data.augment.copies if recipe.data.augment and trains_on_copies(recipe.data.augment, spec) else 0
+        )
+        trained = rows | {"train": rows["train"] * (1 + copies)}
+        flops, memory = _work(spec, state, trained, length, longest)
         state = state.with_shapes(_shapes_after(spec, state.shapes, stage_kind(stage), config))
         macs = macs_per_token(state.dimensions, length)
         forecasts.append(Forecast(stage_kind(stage), state.parameters, macs, flops / rate, memory, flops))

@@ -82,9 +82,11 @@ def _do_stage(session: Session, index: int) -> dict[str, Any]:
     progress.say(title)
     progress.event("stage started", name=folder.path.name)
     model, rows, started = session.model_after(index), session.rows, time.monotonic()
-    context = StageContext(rows.train, rows.validation, session.recipe.seed, folder.work, session.teacher, progress)
+    spec, seed = stage_spec(stage), session.recipe.seed
+    train = session.rows_to_train(spec)
+    context = StageContext(train, rows.train, rows.validation, seed, folder.work, session.teacher, progress)
     with PeakMemory() as peak:
-        outcome = apply_stage(stage_spec(stage), model, context)
+        outcome = apply_stage(spec, model, context)
     seconds = outcome.facts.pop("seconds", time.monotonic() - started)
     save_checkpoint(model, folder.model)
     saved = torch_artifact(folder.model, session.model_after(index + 1))

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from moss_rlhf.checking import check_labels, check_output, check_stages
+from moss_rlhf.augmenting import Augmentation, augment
+from moss_rlhf.checking import check_labels, check_output, check_stages, trains_on_copies
 from moss_rlhf.data import Splits, load_splits
 from moss_rlhf.files import digest, file_digest
 from moss_rlhf.model.checkpoint import (
@@ -38,9 +39,13 @@ _DECIDING = ("moss-rlhf", "torch", "transformers", "accelerate", "tokenizers")
 
 @dataclass(frozen=True)
 class EncodedSplits:
-    """Tokenized rows. `evaluation` is test where there is one, else validation; `texts` are its rows, not tokenized."""
+    """Tokenized rows. `evaluation` is test where there is one, else validation; `texts` are its rows, not tokenized.
+
+    `augmented` are the training rows with their changed copies behind them; without any, the training rows.
+    """
 
     train: Any
+    augmented: Any
     validation: Any
     evaluation: Any
     evaluation_split: str
@@ -111,6 +116,10 @@ class Session:
         auto_class = self.task.auto_class()
         return load_pretrained(self.source, self.task.name, auto_class, self.labels, self.recipe.trust_remote_code)
 
+    def rows_to_train(self, spec: object) -> Any:
+        """The encoded rows that a stage trains on: with their changed copies, where it uses them."""
+        return self.rows.augmented if trains_on_copies(self.recipe.data.augment, spec) else self.rows.train
+
     def teacher(self, name: str) -> Model:
         return self.model_after(self.parent) if name == "parent" else load(name)
 
@@ -136,40 +145,53 @@ def prepare(recipe: Recipe, place: RunDirectory, progress: Progress, threads: in
         progress=progress,
     )
     check_labels(recipe, read_config(source), splits.labels)
-    rows = _encode(splits, task, source, recipe, place.data)
-    start = _start_fingerprint(recipe, source, splits, threads)
+    augmentation = augment(recipe, splits, place.data, progress)
+    rows = _encode(splits, augmentation, task, source, recipe, place.data)
+    start = _start_fingerprint(recipe, source, splits, augmentation, threads)
     return Session(recipe, place, progress, source, splits.labels, splits.notes, rows, _folders(recipe, place, start))
 
 
-def _encode(splits: Splits, task: Task, source: Path, recipe: Recipe, cache: Path) -> EncodedSplits:
+def _encode(
+    splits: Splits, augmentation: Augmentation | None, task: Task, source: Path, recipe: Recipe, cache: Path
+) -> EncodedSplits:
+    from datasets import concatenate_datasets
+
     tokenizer = load_tokenizer(source, recipe.trust_remote_code)
     limit = position_limit(read_config(source), tokenizer.model_max_length)
     present = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    copies = {f"copy{number}": rows for number, rows in enumerate(augmentation.copies, 1)} if augmentation else {}
     lengths = {
         name: task.lengths(rows, tokenizer, _LENGTH_SAMPLE, recipe.seed)
         for name, rows in present.items()
         if rows is not None
     }
     longest = choose_max_length(recipe.data.max_length, lengths["train"], limit)
-    name = digest([splits.digest, longest, _describe(_companions(source))])
+    made = [augmentation.digest] if augmentation else []
+    name = digest([splits.digest, longest, _describe(_companions(source)), *made])
 
     def encode(split: str) -> Any:
-        return task.encode(present[split], tokenizer, longest, str(cache / f"{split}-{name[:16]}-tokens.arrow"))
+        return task.encode(
+            (present | copies)[split], tokenizer, longest, str(cache / f"{split}-{name[:16]}-tokens.arrow")
+        )
 
     split = "validation" if splits.test is None else "test"
     facts = {name: splits.facts[name] | {"tokens": length_facts(values, longest)} for name, values in lengths.items()}
     train, validation = encode("train"), encode("validation")
-    return EncodedSplits(
-        train, validation, validation if split == "validation" else encode("test"), split, present[split], facts
-    )
+    if augmentation:
+        facts["train"] = facts["train"] | {"augmented": augmentation.facts}
+    augmented = concatenate_datasets([train, *map(encode, copies)]) if copies else train
+    evaluation = validation if split == "validation" else encode("test")
+    return EncodedSplits(train, augmented, validation, evaluation, split, present[split], facts)
 
 
-def _start_fingerprint(recipe: Recipe, source: Path, splits: Splits, threads: int) -> str:
+def _start_fingerprint(
+    recipe: Recipe, source: Path, splits: Splits, augmentation: Augmentation | None, threads: int
+) -> str:
     """Over everything but the stages that decides a run's bits."""
     return digest(
         {
             "source": _describe([*weight_files(source), *_companions(source)]),
-            "data": splits.digest,
+            "data": splits.digest if augmentation is None else [splits.digest, augmentation.digest],
             "max_length": recipe.data.max_length,
             "seed": recipe.seed,
             "threads": threads,

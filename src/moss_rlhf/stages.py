@@ -36,9 +36,14 @@ METHODS: Mapping[type, Callable[..., dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage may use besides its model: encoded rows, a seed, a place to keep its work, the teacher."""
+    """What a stage may use besides its model: encoded rows, a seed, a place to keep its work, the teacher.
+
+    `train` are the rows that a fine-tuning trains on, changed copies included; `measured` those that the network is
+    measured on, which are as they came.
+    """
 
     train: Any
+    measured: Any
     validation: Any
     seed: int
     work: Path
@@ -58,7 +63,7 @@ def apply_stage(spec: Any, model: Model, context: StageContext) -> Outcome:
     if isinstance(spec, FinetuneSpec):
         return _finetune(spec, model, context)
     fields = {name: getattr(spec, name) for name in type(spec).model_fields}
-    facts = METHODS[type(spec)](model, context.train, **fields, seed=context.seed, progress=context.progress)
+    facts = METHODS[type(spec)](model, context.measured, **fields, seed=context.seed, progress=context.progress)
     return Outcome(facts, float(facts.pop("flops", 0.0)))
 
 

@@ -105,7 +105,7 @@ def grid_of(model: Any, scheme: str, group_size: int | None = 128) -> Grid:
     """
     if scheme == "int4":
         return integer_grid(4, group_size, scale_bits=8)  # vLLM holds scales in the network's own type
-    return INT8 if model.anatomy.family.kind == "encoder" else integer_grid(8)
+    return INT8
 
 
 def grid_parameters(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

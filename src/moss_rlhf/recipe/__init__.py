@@ -1,5 +1,6 @@
 """What the user asks for: typed, frozen, unknown keys refused. Imports no torch."""
 
+from moss_rlhf.recipe.augment import RATES, AugmentSpec, BackTranslationSpec, MaskedLMSpec
 from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
 from moss_rlhf.recipe.data import DataSpec, SplitLayout
 from moss_rlhf.recipe.finetuning import CacheSpec, DistillSpec, EarlyStoppingSpec, FinetuneSpec, PhaseSpec
@@ -17,12 +18,16 @@ from moss_rlhf.recipe.search import RangeSpec, SearchSpec
 from moss_rlhf.recipe.stages import stage_kind, stage_spec
 
 __all__ = [
+    "RATES",
+    "AugmentSpec",
+    "BackTranslationSpec",
     "CacheSpec",
     "DataSpec",
     "DistillSpec",
     "EarlyStoppingSpec",
     "EvaluateSpec",
     "FinetuneSpec",
+    "MaskedLMSpec",
     "NarrowSpec",
     "PhaseSpec",
     "PruneSpec",

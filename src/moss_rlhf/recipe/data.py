@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from moss_rlhf.recipe.augment import AugmentSpec
 from moss_rlhf.recipe.spec import Name, Positive, Spec
 
 ColumnReference = int | str | list[int | str]
@@ -55,6 +56,7 @@ class DataSpec(Spec):
     broken_lines: Literal["error", "skip"] = Field(
         "error", description="a line with missing cells, an empty text or label, or bytes that can't be decoded"
     )
+    augment: AugmentSpec | None = Field(None, description="changed copies of the training rows; off unless given")
 
     @field_validator("validation", mode="before")
     @classmethod
