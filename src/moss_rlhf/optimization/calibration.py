@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,13 @@ from torch import Tensor
 
 from moss_rlhf.errors import DataError
 from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.latency import compare_seconds
+from moss_rlhf.model.replay import Batch
 from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.batching import by_length, chunks
 
 _ROWS_AT_ONCE = 32
+_ROWS_TIMED = 8
 
 
 def calibration_rows(encoded: Any, rows: int, seed: int) -> Any:
@@ -48,3 +51,16 @@ def mean_loss(model: Model, sample: Any) -> float:
             for inputs, labels in labelled_batches(model, sample)
         ]
     return sum(loss for loss, _ in found) / sum(targets for _, targets in found)
+
+
+def compare_speed(before: Callable[[Any], Any], after: Callable[[Any], Any], batches: Sequence[Batch]) -> str:
+    """How long two ways of answering take, in turns, at most 2 seconds or so; in words.
+
+    before, after   from the network's inputs to its answer.
+    batches         by ascending length; a few rows of the middle one are answered.
+    """
+    inputs, labels = batches[len(batches) // 2]
+    rows = min(_ROWS_TIMED, len(labels))
+    few = {name: value[:rows] for name, value in inputs.items()}
+    with torch.inference_mode():
+        return str(compare_seconds(lambda: before(few), lambda: after(few), rows=rows))
