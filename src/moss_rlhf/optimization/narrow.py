@@ -49,6 +49,7 @@ Criterion = Score | Literal["sensitivity"]
 _CRITERIA: tuple[Criterion, ...] = (*SCORES, "sensitivity")
 _COPIED_BYTES = 2**30  # a network up to this size is copied to be timed beside the narrowed one
 
+
 def narrow(
     model: Model,
     train: Any,
@@ -75,8 +76,8 @@ def narrow(
     macs, parameters, latency   instead, one of them: of the blocks' multiply-accumulates, of their matrices' weights,
                                 of their matrix products' measured time; heads and neurons go where they cost least.
     hidden                      of the hidden size, after everything else; it needs fine-tuning afterwards.
-    score                       see `unit_scores`; sensitivity: the Fisher information that `model.sensitivity` holds, of
-                                this very network, else measured first. Saved scores know no single texts, so units are
+    score                       see `unit_scores`; sensitivity: the Fisher information in `model.sensitivity` of this very
+                                network, else measured first. Saved scores know no single texts, so units are
                                 not chosen together (mask rearrangement); steps after the first measure Fisher anew.
     steps                       cuts on the way; scores are measured anew before each, repairs done after each.
     repair                      refit what stays to the uncut outputs.

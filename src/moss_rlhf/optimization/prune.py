@@ -235,9 +235,7 @@ def _mean_share(block: Block, shares: Mapping[str, float]) -> float:
     return sum(shares[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
 
-def _facts(
-    model: Model, pattern: Pattern, method: str, damping: Mapping[str, float], rows: int
-) -> dict[str, object]:
+def _facts(model: Model, pattern: Pattern, method: str, damping: Mapping[str, float], rows: int) -> dict[str, object]:
     matrices = model.anatomy.matrices
     total = sum(matrix.weight.numel() for matrix in matrices)
     zeros = total - sum(int(torch.count_nonzero(matrix.weight)) for matrix in matrices)

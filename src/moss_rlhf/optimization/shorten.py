@@ -46,8 +46,8 @@ def shorten(
     """Take `remove` blocks out of the network, in place; returns the facts: which, how, and every candidate's score.
 
     train        rows of the task; `rows` of them, drawn by `seed`, are measured on.
-    score        sensitivity: the blocks' `drop` in `model.sensitivity`, which is measured first where it is missing or of
-                 another network.
+    score        sensitivity: the blocks' `drop` in `model.sensitivity`, measured first where there is none of this very
+                 network.
     how          auto: every way is tried on three quarters of the rows; the one of lowest loss on the rest is kept.
     stack        of an encoder-decoder: the one that loses blocks; auto: both may, the score decides.
     similarity   the least mean cosine, in (0, 1], that merges must keep between the network's last states and the old

@@ -224,7 +224,7 @@ def loss_of(way: Way, groups: Groups, sample: Any) -> float:
 def search(
     way: Way, remove: int, score: str, progress: Progress, influence: Mapping[str, float] | None = None
 ) -> Found:
-    """influence   of every block by its name, for score sensitivity, which measures nothing itself."""
+    """Influence   of every block by its name, for score sensitivity, which measures nothing itself."""
     if score == "loss":
         return _by_loss(way, remove, progress)
     if score == "sensitivity":
@@ -284,9 +284,7 @@ def _by_states(way: Way, remove: int, score: str, progress: Progress) -> Found:
         gone = set(spans[found.index(min(found))])
     else:
         spans = [(index,) for index in sorted(way.eligible)]
-        return _by_influence(
-            way, remove, spans, span_distances(way.model.network, batches, spans, block_influence)
-        )
+        return _by_influence(way, remove, spans, span_distances(way.model.network, batches, spans, block_influence))
     return _without(way, gone, dict(zip(names, found, strict=True)))
 
 
