@@ -23,6 +23,8 @@ from moss_rlhf.tasks.row_statistics import RowStatistics, confusion_cells, writt
 if TYPE_CHECKING:
     from moss_rlhf.model.checkpoint import Model
 
+_ROWS_DRAWN, _FEWEST_RESAMPLES = 2**24, 200  # of probabilities: seconds, however many rows there are
+
 
 class Answers(Protocol):
     """What a runtime answered on rows, as far as every task's is alike."""
@@ -108,7 +110,8 @@ def probability_metrics_of(
     """
     rows = probability_statistics(answers.logits, answers.labels, temperature)
     metrics = TextClassification.probability_metrics
-    found = bootstrap(rows, metrics=metrics, confidence=confidence, resamples=resamples, seed=seed)
+    count = min(resamples, max(_FEWEST_RESAMPLES, _ROWS_DRAWN // len(rows)))  # no two rows are alike: each is drawn
+    found = bootstrap(rows, metrics=metrics, confidence=confidence, resamples=count, seed=seed)
     return {name: _holding_its_value(estimate) for name, estimate in found.items()}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from moss_rlhf.errors import ModelError
@@ -99,7 +100,7 @@ def _spent(table: Table | None, lost: Mapping[str, float]) -> dict[str, Any] | N
 def _at(curve: Mapping[str, float], share: float) -> float:
     """The curve's value at a share, straight lines between its points and from (0, 0)."""
     points = [(0.0, 0.0), *sorted((float(level), float(damage)) for level, damage in curve.items())]
-    for (low, below), (high, above) in zip(points, points[1:], strict=False):
+    for (low, below), (high, above) in pairwise(points):
         if share <= high:
             return below + (above - below) * (share - low) / (high - low)
     return points[-1][1]

@@ -77,7 +77,7 @@ def narrow(
                                 of their matrix products' measured time; heads and neurons go where they cost least.
     hidden                      of the hidden size, after everything else; it needs fine-tuning afterwards.
     score                       see `unit_scores`; sensitivity: the Fisher information in `model.sensitivity` of this very
-                                network, else measured first. Saved scores know no single texts, so units are
+                                network, else measured first. Saved scores know no single text, so units are
                                 not chosen together (mask rearrangement); steps after the first measure Fisher anew.
     steps                       cuts on the way; scores are measured anew before each, repairs done after each.
     repair                      refit what stays to the uncut outputs.
