@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,17 +105,24 @@ def compare_seconds(
     after: Callable[[], Any],
     *,
     rows: int,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     budget: float = 1.5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Compared:
     """Time two calls in turns, before after before after …, after one warm-up of each; medians.
 
     rows     that a call answers; only told.
+    within   what `after` needs to be in; entering and leaving it is not timed.
     budget   seconds for all of it, warm-up included, of which the warm-up tells how many rounds fit: 1 to 15.
     """
-    warm = [_clock(run, clock) for run in (before, after)]
-    rounds = max(1, min(_MOST_ROUNDS, int(budget / max(sum(warm), 1e-9)) - 1))
-    found = [(_clock(before, clock), _clock(after, clock)) for _ in range(rounds)]
+
+    def both() -> tuple[float, float]:
+        first = _clock(before, clock)
+        with within():
+            return first, _clock(after, clock)
+
+    rounds = max(1, min(_MOST_ROUNDS, int(budget / max(sum(both()), 1e-9)) - 1))
+    found = [both() for _ in range(rounds)]
     first, second = (statistics.median(seconds) for seconds in zip(*found, strict=True))
     return Compared(first, second, rows, rounds)
 

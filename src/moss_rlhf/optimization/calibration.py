@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -53,14 +54,19 @@ def mean_loss(model: Model, sample: Any) -> float:
     return sum(loss for loss, _ in found) / sum(targets for _, targets in found)
 
 
-def compare_speed(before: Callable[[Any], Any], after: Callable[[Any], Any], batches: Sequence[Batch]) -> str:
-    """How long two ways of answering take, in turns, at most 2 seconds or so; in words.
+def compare_speed(
+    before: Callable[..., Any],
+    after: Callable[..., Any],
+    batches: Sequence[Batch],
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> str:
+    """How long two networks take to answer, in turns, 2 seconds or so in all; in words.
 
-    before, after   from the network's inputs to its answer.
-    batches         by ascending length; a few rows of the middle one are answered.
+    batches   by ascending length; a few rows of the middle one are answered.
+    within    what `after` needs to be in while it answers; not timed.
     """
     inputs, labels = batches[len(batches) // 2]
     rows = min(_ROWS_TIMED, len(labels))
     few = {name: value[:rows] for name, value in inputs.items()}
     with torch.inference_mode():
-        return str(compare_seconds(lambda: before(few), lambda: after(few), rows=rows))
+        return str(compare_seconds(lambda: before(**few), lambda: after(**few), rows=rows, within=within))

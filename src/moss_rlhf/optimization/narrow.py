@@ -76,8 +76,8 @@ def narrow(
     macs, parameters, latency   instead, one of them: of the blocks' multiply-accumulates, of their matrices' weights,
                                 of their matrix products' measured time; heads and neurons go where they cost least.
     hidden                      of the hidden size, after everything else; it needs fine-tuning afterwards.
-    score                       see `unit_scores`; sensitivity: the Fisher information in `model.sensitivity` of this very
-                                network, else measured first. Saved scores know no single text, so units are
+    score                       see `unit_scores`; sensitivity: the Fisher information in `model.sensitivity` of this
+                                very network, else measured first. Saved scores know no single text, so units are
                                 not chosen together (mask rearrangement); steps after the first measure Fisher anew.
     steps                       cuts on the way; scores are measured anew before each, repairs done after each.
     repair                      refit what stays to the uncut outputs.
@@ -132,7 +132,7 @@ def _speed(uncut: Any, network: Any, batches: Sequence[Batch]) -> str:
         return "not timed: a copy of the uncut network would not fit beside it; predicted from its operations"
     uncut.eval()
     network.eval()
-    return compare_speed(lambda inputs: uncut(**inputs), lambda inputs: network(**inputs), batches)
+    return compare_speed(uncut, network, batches)
 
 
 def _spend(model: Model, record: _Record, score: str, texts: int) -> dict[str, object]:

@@ -226,7 +226,8 @@ def _solved(
 
 def _zero(model: Model, matrix: Matrix, weight: Tensor) -> None:
     matrix.weight.copy_(weight)
-    if not any(parameter is matrix.parameter for parameter in model.pruned):
+    zeros = torch.count_nonzero(weight) < weight.numel()  # none where an allocation spares the whole matrix
+    if zeros and not any(parameter is matrix.parameter for parameter in model.pruned):
         model.pruned.append(matrix.parameter)
 
 

@@ -18,6 +18,7 @@ Point = Mapping[str, Any]
 _COLOURS = ("#8b8f96", "#e69f00", "#2f8fd3", "#009e73", "#cc79a7")
 _SIDES = {"before": _COLOURS[0], "after": _COLOURS[2]}
 _HEAT = ((0.0, "#f2e9d8"), (0.35, "#f0b95c"), (0.65, "#d4611f"), (1.0, "#5e1224"))  # lightness alone tells the order
+_COLD = ((0.0, "#e6eef5"), (1.0, "#1b5a8a"))
 _GRID = "rgba(128, 128, 128, 0.25)"
 
 
@@ -86,39 +87,58 @@ def history_chart(number: int, history: Mapping[str, Sequence[Point]], metrics: 
     return _html(figure, f"chart-history-{number}", height=470)
 
 
-def sensitivity_chart(number: int, columns: Sequence[str], blocks: Mapping[str, Sequence[float | None]]) -> str:
+def sensitivity_chart(
+    number: int, groups: Mapping[str, Mapping[str, Sequence[float | None]]], influences: Mapping[str, float]
+) -> str:
     """A heat map, blocks × ways of compressing: the loss that each would cost, in colours by its logarithm.
 
-    columns   what is done; blocks: by name, from the first in the network, the damage of each column (None: no such
-              part). What costs nothing is as pale as the least that costs something.
+    groups       {group: {column: the damage of every block, the first in the network first}}; a gap stands between
+                 groups. None: no such part; what costs nothing is as pale as the least on the scale.
+    influences   by the blocks' names, what dropping one would change; in another unit, so in colours of its own.
     """
-    import plotly.graph_objects as objects
-
-    costs = [value for row in blocks.values() for value in row if value is not None and value > 0]
+    names, values = _with_gaps(groups, len(influences))
+    costs = [value for column in values for value in column if value is not None and value > 0]
     low, high = _decades(costs)
-    heat = objects.Heatmap(
-        z=[[None if value is None else _logarithm(value, low) for value in row] for row in blocks.values()],
-        x=list(range(len(columns))),
-        y=list(blocks),
-        customdata=[["no such part" if value is None else f"{value:.3g}" for value in row] for row in blocks.values()],
-        text=[list(columns)] * len(blocks),
-        hovertemplate="%{y}, %{text}: %{customdata}<extra></extra>",
-        colorscale=_HEAT,
-        zmin=low,
-        zmax=high,
-        xgap=2,
-        ygap=2,
-        colorbar={
+    figure = _panels()
+    rows = list(zip(*values, strict=True))
+    losses = {
+        "z": [[None if value is None else _logarithm(value, low) for value in row] for row in rows],
+        "customdata": [["–" if value is None else f"{value:.3g}" for value in row] for row in rows],
+        "text": [names] * len(influences),
+        "hovertemplate": "%{y}, %{text}: loss + %{customdata}<extra></extra>",
+        "colorbar": {
             "title": {"text": "loss", "side": "top"},
             "tickvals": list(range(low, high + 1)),
-            "ticktext": [f"{10.0**power:g}" for power in range(low, high + 1)],
+            "ticktext": [f"10<sup>{power}</sup>" for power in range(low, high + 1)],
             "thickness": 12,
         },
+    }
+    blocks, gap = list(influences), {"xgap": 2, "ygap": 2}
+    figure.add_heatmap(x=list(range(len(names))), y=blocks, **losses, colorscale=_HEAT, zmin=low, zmax=high, **gap)
+    drops = {"z": [[value] for value in influences.values()], "hovertemplate": "%{y}, drop: %{z:.3f}<extra></extra>"}
+    top = max(influences.values(), default=1.0) or 1.0
+    figure.add_heatmap(
+        x=[len(names) + 1], y=blocks, **drops, colorscale=_COLD, zmin=0, zmax=top, showscale=False, **gap
     )
-    figure = objects.Figure(heat)
-    figure.update_xaxes(tickvals=list(range(len(columns))), ticktext=list(columns), side="top", tickangle=-45)
+    titles = {index: name for index, name in enumerate(names) if name} | {len(names) + 1: "drop (influence)"}
+    figure.update_xaxes(tickvals=list(titles), ticktext=list(titles.values()), side="top", tickangle=-45, ticks="")
     figure.update_yaxes(autorange="reversed", type="category")
-    return _html(figure, f"chart-sensitivity-{number}", height=170 + 26 * len(blocks), top=110)
+    return _html(figure, f"chart-sensitivity-{number}", height=170 + 26 * len(blocks), top=120, grid=False)
+
+
+def _with_gaps(
+    groups: Mapping[str, Mapping[str, Sequence[float | None]]], blocks: int
+) -> tuple[list[str], list[Sequence[float | None]]]:
+    """Names and columns of all groups, an empty column between two."""
+    names: list[str] = []
+    values: list[Sequence[float | None]] = []
+    for columns in groups.values():
+        if names:
+            names.append("")
+            values.append([None] * blocks)
+        names += columns.keys()
+        values += columns.values()
+    return names, values
 
 
 def _decades(costs: Sequence[float]) -> tuple[int, int]:
@@ -186,7 +206,7 @@ def _panels(
     return make_subplots(rows, columns, shared_xaxes=rows > 1, subplot_titles=titles, row_heights=heights, **spacing)
 
 
-def _html(figure: Figure, name: str, height: int, top: int = 60) -> str:
+def _html(figure: Figure, name: str, height: int, top: int = 60, grid: bool = True) -> str:
     """A division that fits the width it is given. Its name is fixed, so that equal reports give equal pages."""
     figure.update_layout(
         height=height,
@@ -200,5 +220,8 @@ def _html(figure: Figure, name: str, height: int, top: int = 60) -> str:
     )
     figure.update_xaxes(gridcolor=_GRID, zerolinecolor=_GRID, fixedrange=True)
     figure.update_yaxes(gridcolor=_GRID, zerolinecolor=_GRID, fixedrange=True, automargin=True)
+    if not grid:
+        figure.update_xaxes(showgrid=False, zeroline=False)
+        figure.update_yaxes(showgrid=False, zeroline=False)
     config = {"displayModeBar": False, "displaylogo": False, "responsive": True}
     return str(figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config))

@@ -49,6 +49,8 @@ def show(value: object, name: object = "", depth: int = 0) -> Shown:
         return _pairs(value, depth)
     if isinstance(value, Sequence) and not isinstance(value, str) and value and depth < DEEPEST:
         rows = list(value)
+        if len(rows) == 1 and isinstance(rows[0], Mapping):
+            return show(rows[0], name, depth)
         return _table(rows) if _is_table(rows) else _items(rows, name, depth)
     return Shown("text", _shortened(in_words(value, name)) or "none")
 

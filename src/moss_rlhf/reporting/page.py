@@ -144,9 +144,11 @@ def _sensitivities(report: Report) -> list[Sensitivity]:
 
 
 def _sensitivity(number: int, found: Mapping[str, Any]) -> Sensitivity:
-    columns, cells = list(sensitivity.columns(found)), sensitivity.damages(found)
-    chart = charts.sensitivity_chart(number, columns, cells)
-    return Sensitivity(number, chart, found["rows"], columns, cells, sensitivity.influences(found))
+    groups, influences = sensitivity.groups(found), sensitivity.influences(found)
+    chart = charts.sensitivity_chart(number, groups, influences)
+    columns = sensitivity.columns(found)
+    cells = {name: [values[index] for values in columns.values()] for index, name in enumerate(influences)}
+    return Sensitivity(number, chart, found["rows"], list(columns), cells, influences)
 
 
 def _plain(value: float | None) -> str:

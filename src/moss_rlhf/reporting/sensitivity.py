@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Report = Mapping[str, Any]
@@ -19,32 +19,35 @@ def tables(report: Report) -> Iterator[tuple[int, Scores]]:
             yield number, table
 
 
-def columns(table: Scores) -> dict[str, Callable[[Scores], float | None]]:
-    """What could be done to a block, and the loss it would cost by the block's scores; None where it has no such part.
+def groups(table: Scores) -> dict[str, dict[str, list[float | None]]]:
+    """{way of compressing: {what is done: the loss it would cost every block}}; None where a block has no such part.
 
     Dropping a block is scored in another unit, its influence 1 − cos; see `influences`.
     """
-    first = next(iter(table["blocks"].values()))
-    found: dict[str, Callable[[Scores], float | None]] = {}
-    for sparsity in first["prune"]:
-        found[f"prune {float(sparsity):.0%}"] = lambda scores, level=sparsity: scores["prune"][level]  # type: ignore[misc]
-    for bits in first["bits"]:
-        found[f"{bits} bits"] = lambda scores, level=bits: scores["bits"][level]  # type: ignore[misc]
-    for part, title in _HALVED.items():
-        if any(part in scores for scores in table["blocks"].values()):
-            found[title] = lambda scores, kind=part: _half(scores.get(kind))  # type: ignore[misc]
-    return found
+    blocks = list(table["blocks"].values())
+    return {
+        "prune": {f"prune {float(level):.0%}": _column(blocks, "prune", level) for level in blocks[0]["prune"]},
+        "round": {f"{bits} bits": _column(blocks, "bits", bits) for bits in blocks[0]["bits"]},
+        "narrow": {
+            title: [_half(scores.get(part)) for scores in blocks]
+            for part, title in _HALVED.items()
+            if any(part in scores for scores in blocks)
+        },
+    }
+
+
+def _column(blocks: Sequence[Scores], kind: str, level: str) -> list[float | None]:
+    return [float(scores[kind][level]) for scores in blocks]
+
+
+def columns(table: Scores) -> dict[str, list[float | None]]:
+    """All columns of all groups."""
+    return {name: values for group in groups(table).values() for name, values in group.items()}
 
 
 def _half(units: Sequence[float] | None) -> float | None:
     """The cheaper half, rounded down, of the units' scores together."""
     return None if units is None else float(sum(sorted(units)[: len(units) // 2]))
-
-
-def damages(table: Scores) -> dict[str, list[float | None]]:
-    """{block: the loss of each of `columns`}."""
-    makers = columns(table).values()
-    return {name: [make(scores) for make in makers] for name, scores in table["blocks"].items()}
 
 
 def influences(table: Scores) -> dict[str, float]:
@@ -57,13 +60,13 @@ _BRIEF = ("prune 50%", "4 bits", "half the heads", "half the neurons")
 
 def text_lines(table: Scores) -> list[str]:
     """The table in a few columns of plain text, a line a block, for a terminal."""
-    titles, found, drops = list(columns(table)), damages(table), influences(table)
-    chosen = [(title, titles.index(title)) for title in _BRIEF if title in titles]
-    width = max(len("loss by"), *(len(name) for name in found))
-    lines = ["  ".join([f"{'loss by':<{width}}", *(f"{title:>16}" for title, _ in chosen), f"{'influence':>9}"])]
-    for name, values in found.items():
-        cells = [f"{_cell(values[index]):>16}" for _, index in chosen]
-        lines.append("  ".join([f"{name:<{width}}", *cells, f"{drops[name]:>9.3f}"]))
+    found, drops = columns(table), influences(table)
+    chosen = {title: found[title] for title in _BRIEF if title in found}
+    width = max(len("loss by"), *map(len, drops))
+    lines = ["  ".join([f"{'loss by':<{width}}", *(f"{title:>16}" for title in chosen), f"{'influence':>9}"])]
+    for index, (name, drop) in enumerate(drops.items()):
+        cells = [f"{_cell(values[index]):>16}" for values in chosen.values()]
+        lines.append("  ".join([f"{name:<{width}}", *cells, f"{drop:>9.3f}"]))
     return lines
 
 
