@@ -9,6 +9,7 @@ import moss_rlhf
 from moss_rlhf.errors import DataError, ModelError
 from moss_rlhf.model.temperature import Temperature
 from moss_rlhf.serving import Predictor
+from moss_rlhf.tasks.loading import encoded
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_predictions_are_scaled_and_answers_stay(fitted, rows, tmp_path):
         np.testing.assert_allclose(np.array(odds[0]) * fitted.temperature.value, odds[1], rtol=1e-4)
 
 
-def test_what_is_no_temperature_is_refused(tmp_path, tiny_model, rows_of):
+def test_what_is_no_temperature_is_refused(tmp_path, tiny_model, rows, rows_of):
     for value in (0, -1, "warm", True, float("inf")):
         with pytest.raises(ModelError, match="must be a number above 0"):
             Temperature.read({"temperature": value}, tmp_path)
@@ -62,4 +63,4 @@ def test_what_is_no_temperature_is_refused(tmp_path, tiny_model, rows_of):
     with pytest.raises(ModelError, match="is for classifiers"):
         moss_rlhf.fit_temperature(tiny_model("gpt2"), rows_of("text-generation"))
     with pytest.raises(DataError, match="no rows to fit on"):
-        moss_rlhf.fit_temperature(tiny_model(), [])
+        moss_rlhf.fit_temperature(tiny_model(), encoded(tiny_model(), rows).select([]))

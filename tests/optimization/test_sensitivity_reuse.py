@@ -1,5 +1,7 @@
 """A saved table serves the network that it was measured on, and no other."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def refuse_passes(monkeypatch):
     def refused(*_, **__):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("moss_rlhf.optimization.sensitivity._gradients", refused)
+    monkeypatch.setattr(import_module("moss_rlhf.optimization.sensitivity"), "_gradients", refused)
 
 
 def test_a_saved_table_serves_every_new_budget_without_new_passes(tiny_model, rows, tmp_path, monkeypatch):
@@ -33,7 +35,7 @@ def test_a_saved_table_serves_every_new_budget_without_new_passes(tiny_model, ro
 
 
 def test_saved_scores_choose_as_fisher_without_rearranging(tiny_model, rows, monkeypatch):
-    monkeypatch.setattr("moss_rlhf.optimization.narrow.rearrange", lambda gradients, kept: kept)
+    monkeypatch.setattr(import_module("moss_rlhf.optimization.narrow"), "rearrange", lambda gradients, kept: kept)
     models = [tiny_model(), tiny_model()]
     shares = {"heads": 0.5, "feed_forward": 0.3, "rows": 32}
     moss_rlhf.sensitivity(models[0], rows, rows=32)

@@ -90,7 +90,8 @@ def test_the_heat_map_stands_on_the_page_and_in_the_terminal(measured):
 
 
 def test_colours_follow_the_logarithm():
-    chart = charts.sensitivity_chart(1, {"prune": {"a": [0.1, 0.001]}, "round": {"b": [None, 0.0]}}, {"x": 1, "y": 0})
+    groups = {"prune": {"a": [0.1, 0.001]}, "round": {"b": [None, 0.0]}}
+    chart = charts.sensitivity_chart(1, groups, {"x": 1, "y": 0})
     values = json.loads(chart.split('"z":')[1].split(',"type"')[0].rsplit("]]", 1)[0] + "]]")
     assert values[0] == [-1.0, None, None]  # a gap between the groups, and no such part
     assert values[1] == [-3.0, None, -3.0]  # nothing is as pale as the least
