@@ -225,7 +225,7 @@ def _cut(group: Sequence[Part], kept: Tensor, scores: Mapping[str, Tensor], reco
         part.keep(kept)
 
 
-def _together(group: Sequence[Part], scores: Mapping[str, Tensor], score: Score) -> Tensor:
+def _together(group: Sequence[Part], scores: Mapping[str, Tensor], score: Criterion) -> Tensor:
     """One score a unit of a group: the sum. What is not in units of the loss counts as a share of its part's."""
     parts = [scores[part.name] for part in group]
     if score in ("activation", "magnitude"):

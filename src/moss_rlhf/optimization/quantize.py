@@ -79,8 +79,8 @@ def quantize(
             solver.write(table, round_to_grid(table.weight, grid))
     ranges = solver.ranges if scheme == "int8_static" else {}
     model.quantization = Quantization(scheme, group_size if scheme == "int4" else None, ranges)
-    table = after_pruning(model.sensitivity, dict.fromkeys((block.name for block in model.anatomy.blocks), sparsity))
-    model.sensitivity = after_rounding(table, 4 if scheme == "int4" else 8)
+    spent = after_pruning(model.sensitivity, dict.fromkeys((block.name for block in model.anatomy.blocks), sparsity))
+    model.sensitivity = after_rounding(spent, 4 if scheme == "int4" else 8)
     return _facts(solver.errors, scheme, method) | notes
 
 
