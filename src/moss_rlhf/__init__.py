@@ -4,7 +4,8 @@ run(recipe)          the whole story: a recipe, a path to one, or a mapping → 
 load(path)           a checkpoint → Model with .network, .tokenizer, .task; load(id, labels=[…]): a pretrained one
 save(model, path)    a checkpoint that stands alone
 Recipe               the recipe's type
-prune, narrow, shorten, trim_vocabulary, quantize, sensitivity, finetune, evaluate, export
+prune, narrow, shorten, trim_vocabulary, quantize, sensitivity, finetune, fit_temperature, evaluate,
+export
                      each on a Model in memory, without a recipe
 """
 
@@ -14,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moss_rlhf.evaluation import evaluate
+    from moss_rlhf.evaluation import evaluate, fit_temperature
     from moss_rlhf.exporting import export
     from moss_rlhf.finetuning import finetune
     from moss_rlhf.model.checkpoint import Model
@@ -29,6 +30,7 @@ _HOMES = {
     "Recipe": ("moss_rlhf.recipe", "Recipe"),
     "evaluate": ("moss_rlhf.evaluation", "evaluate"),
     "export": ("moss_rlhf.exporting", "export"),
+    "fit_temperature": ("moss_rlhf.evaluation", "fit_temperature"),
     "finetune": ("moss_rlhf.finetuning", "finetune"),
     "load": ("moss_rlhf.tasks.loading", "load"),
     "narrow": ("moss_rlhf.optimization", "narrow"),
@@ -55,6 +57,7 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "fit_temperature",
     "load",
     "narrow",
     "prune",

@@ -19,6 +19,7 @@ from moss_rlhf.evaluation import (
     Speed,
     TokenAnswers,
     answer,
+    calibration_of,
     changed,
     confusion_of,
     gain_of,
@@ -28,13 +29,16 @@ from moss_rlhf.evaluation import (
     peak_memory,
     sizes_of,
     speed_batches,
+    temperature_of,
 )
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.locate import weight_bytes
 from moss_rlhf.model.runtime import Batch, OnnxRuntime, Runtime, TorchRuntime, usable_cores
+from moss_rlhf.model.temperature import Temperature, write_temperature
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import EvaluateSpec
 from moss_rlhf.tasks import TASKS
+from moss_rlhf.tasks.calibration import reliability
 
 _CHANGED_SHOWN = 20
 _SPEED_POOL = 2000
@@ -43,6 +47,8 @@ PROTOCOL = (
     "Before and after answer the same rows; 'before' is the uncompressed fine-tuned model in PyTorch float32.",
     "Intervals are percentile bootstraps over rows; the difference is paired, row by row, and its p-value is McNemar's "
     "exact test for accuracy, and a test of random swaps of the two answers to each row for any other metric.",
+    "Log loss and calibration error are of the probabilities before temperature scaling; the error is over 15 bins of "
+    "equal width, and its interval leans upwards, the more so the fewer the rows.",
     "Speed: identical tokenized batches of evaluation texts in random order, padded to their longest, the same number "
     "of threads; rounds of before and after interleaved after a warm-up; medians. Tokenization is excluded. "
     "A language model reads given tokens in one pass; it writes none.",
@@ -105,9 +111,17 @@ class Measuring:
         }
 
     def compare(
-        self, before: Artifact | None, after: Artifact, reference: Artifact | None, texts: Any
+        self,
+        before: Artifact | None,
+        after: Artifact,
+        reference: Artifact | None,
+        texts: Any,
+        validation: Any = None,
     ) -> dict[str, Any]:
-        """The report's before, after, reference, gain, confusion and changed answers."""
+        """The report's before, after, reference, gain, calibration, confusion and changed answers.
+
+        validation   encoded rows, where the temperature of the shipped probabilities is to be fitted on them.
+        """
         artifacts = {"before": before, "after": after, "reference": reference}
         present = {name: artifact for name, artifact in artifacts.items() if artifact is not None}
         quality = {name: self.quality(artifact) for name, artifact in present.items()}
@@ -117,6 +131,7 @@ class Measuring:
         return {
             **{name: measured.get(name) for name in artifacts},
             "gain": self._gain(before, measured, answers),
+            "calibration": self._calibration(after, answers, validation),
             **self._examples(answers, after.model, texts),
         }
 
@@ -133,6 +148,27 @@ class Measuring:
             "speedup": {size: second["throughput"][size] / first["throughput"][size] for size in sizes},
             "latency": {size: first["latency_ms"][size]["p50"] / second["latency_ms"][size]["p50"] for size in sizes},
         }
+
+    def _calibration(self, after: Artifact, answers: Mapping[str, Answers], validation: Any) -> dict[str, Any] | None:
+        """The shipped artifact's own temperature, and what it does to its probabilities; None of a language model."""
+        given, first, task = answers["after"], answers.get("before"), TASKS[after.model.task]
+        if not isinstance(given, ClassAnswers) or validation is None or not self.spec.temperature:
+            return None
+        asked = given if self.split == "validation" else answer(task, after.runtime, validation, after.model.tokenizer)
+        if not isinstance(asked, ClassAnswers):
+            return None
+        fitted = temperature_of(asked, after.model.network)
+        found = calibration_of(given, fitted.value, **self._intervals)
+        if isinstance(first, ClassAnswers):
+            found["reliability_before"] = reliability(first.logits, first.labels)
+        return found | {"network": fitted.network, "fitted_on": "validation", "rows": len(validation)}
+
+    def keep_temperature(self, after: Artifact, calibration: Mapping[str, Any] | None) -> None:
+        """Declare the fitted temperature, if there is one, in the config.json of all that is shipped."""
+        if calibration is not None:
+            fitted = Temperature(calibration["temperature"], calibration["network"])
+            for folder in {after.path.parent if after.path.is_file() else after.path, self.root / "model"}:
+                write_temperature(folder, fitted)
 
     def _examples(self, answers: Mapping[str, Answers], model: Model, texts: Any) -> dict[str, Any]:
         """The answers themselves, as far as the report shows them."""

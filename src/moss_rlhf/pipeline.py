@@ -119,7 +119,9 @@ def _compare(session: Session) -> dict[str, Any]:
     before = torch_artifact(session.folder_after(session.parent), session.model_after(session.parent))
     after, reference = _ship(session)
     measuring = _measuring(session, session.rows.evaluation, session.rows.evaluation_split)
-    result = measuring.compare(before if session.head_is_trained else None, after, reference, session.rows.texts)
+    dense = before if session.head_is_trained else None
+    result = measuring.compare(dense, after, reference, session.rows.texts, session.rows.validation)
+    measuring.keep_temperature(after, result["calibration"])
     result["exports"] = _ship_for_vllm(session, after.model)
     if reference is not None:
         shutil.rmtree(reference.path.parent)

@@ -3,7 +3,7 @@ from html.parser import HTMLParser
 import pytest
 
 from moss_rlhf.reporting import render_page, write_page
-from moss_rlhf.reporting.page import fact_in_words
+from moss_rlhf.reporting.facts import in_words as fact_in_words
 
 HOSTILE = '<script>alert("1")</script><img src=http://evil.example/x onerror=alert(2)>'
 

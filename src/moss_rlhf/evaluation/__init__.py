@@ -5,13 +5,16 @@ from moss_rlhf.evaluation.comparison import (
     ClassAnswers,
     TokenAnswers,
     answer,
+    calibration_of,
     changed,
     confusion_of,
     evaluate,
+    fit_temperature,
     gain_of,
     metrics_of,
     moved,
     sizes_of,
+    temperature_of,
 )
 from moss_rlhf.evaluation.machine import describe_machine, versions
 from moss_rlhf.evaluation.memory import PeakMemory, peak_memory
@@ -33,10 +36,12 @@ __all__ = [
     "TokenAnswers",
     "answer",
     "bootstrap",
+    "calibration_of",
     "changed",
     "confusion_of",
     "describe_machine",
     "evaluate",
+    "fit_temperature",
     "gain_of",
     "measure_speed",
     "metrics_of",
@@ -45,5 +50,6 @@ __all__ = [
     "peak_memory",
     "sizes_of",
     "speed_batches",
+    "temperature_of",
     "versions",
 ]

@@ -9,15 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moss_rlhf.errors import DataError, ModelError
-from moss_rlhf.evaluation.statistics import bootstrap, paired_difference
+from moss_rlhf.evaluation.statistics import Estimate, bootstrap, paired_difference
 from moss_rlhf.model.cost import macs_per_token
+from moss_rlhf.model.fingerprint import network_digest
 from moss_rlhf.model.runtime import Runtime, TorchRuntime
+from moss_rlhf.model.temperature import Temperature
 from moss_rlhf.tasks import TASKS, Task, TextClassification
+from moss_rlhf.tasks.calibration import fit_temperature as fitted_temperature
+from moss_rlhf.tasks.calibration import probability_statistics, reliability
 from moss_rlhf.tasks.metrics import confusion
 from moss_rlhf.tasks.row_statistics import RowStatistics, confusion_cells, written_out
 
 if TYPE_CHECKING:
     from moss_rlhf.model.checkpoint import Model
+
+_ROWS_DRAWN, _FEWEST_RESAMPLES = 2**24, 200  # of probabilities: seconds, however many rows there are
 
 
 class Answers(Protocol):
@@ -87,8 +93,69 @@ def answer(task: Task, runtime: Runtime, rows: Any, tokenizer: Any) -> Answers:
 
 def metrics_of(task: Task, answers: Answers, *, confidence: float, resamples: int, seed: int) -> dict[str, Any]:
     """Every metric of the task with its interval: {name: {"value", "low", "high"}}."""
-    rows = answers.statistics
-    return dict(bootstrap(rows, metrics=task.metrics, confidence=confidence, resamples=resamples, seed=seed))
+    usual: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    found = bootstrap(answers.statistics, metrics=task.metrics, **usual)
+    if isinstance(answers, ClassAnswers):
+        found |= probability_metrics_of(answers, **usual)
+    return dict(found)
+
+
+def probability_metrics_of(
+    answers: ClassAnswers, temperature: float = 1.0, *, confidence: float, resamples: int, seed: int
+) -> dict[str, Estimate]:
+    """Log loss and expected calibration error with their intervals, of logits divided by the temperature.
+
+    An interval is stretched to hold its value where it does not: resampling adds noise to every bin, so that a small
+    calibration error is larger in nearly every resample than in the sample.
+    """
+    rows = probability_statistics(answers.logits, answers.labels, temperature)
+    metrics = TextClassification.probability_metrics
+    count = min(resamples, max(_FEWEST_RESAMPLES, _ROWS_DRAWN // len(rows)))  # no two rows are alike: each is drawn
+    found = bootstrap(rows, metrics=metrics, confidence=confidence, resamples=count, seed=seed)
+    return {name: _holding_its_value(estimate) for name, estimate in found.items()}
+
+
+def _holding_its_value(estimate: Estimate) -> Estimate:
+    value = estimate["value"]
+    return Estimate(value=value, low=min(value, estimate["low"]), high=max(value, estimate["high"]))
+
+
+def temperature_of(answers: ClassAnswers, network: Any) -> Temperature:
+    """The temperature fitted on answers, bound to the network that gave them."""
+    return Temperature(fitted_temperature(answers.logits, answers.labels), network_digest(network))
+
+
+def calibration_of(
+    answers: ClassAnswers, temperature: float, *, confidence: float, resamples: int, seed: int
+) -> dict[str, Any]:
+    """The metrics of probabilities after scaling, and the reliability diagrams before and after it."""
+    usual: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    return {
+        "temperature": temperature,
+        "metrics": probability_metrics_of(answers, temperature, **usual),
+        "reliability": reliability(answers.logits, answers.labels),
+        "reliability_scaled": reliability(answers.logits, answers.labels, temperature),
+    }
+
+
+def fit_temperature(model: Model, rows: Any) -> float:
+    """Fit `model.temperature` on labelled rows that it was not trained on, and return its value; answers stay the same.
+
+    rows     encoded rows, or rows with the task's columns.
+    raises   ModelError where the task has no classes; DataError where there are no rows.
+    """
+    from moss_rlhf.tasks.loading import encoded
+
+    task = TASKS[model.task]
+    if not isinstance(task, TextClassification):
+        raise ModelError(f"fit_temperature: is for classifiers, and this is a model for {model.task}.")
+    ready = encoded(model, rows)
+    if not len(ready):
+        raise DataError("fit_temperature: there are no rows to fit on; give validation rows.")
+    answers = answer(task, TorchRuntime(model.network), ready, model.tokenizer)
+    assert isinstance(answers, ClassAnswers)  # noqa: S101  # of a classification
+    model.temperature = temperature_of(answers, model.network)
+    return model.temperature.value
 
 
 def sizes_of(model: Model, mean_length: float) -> dict[str, Any]:
@@ -149,5 +216,9 @@ def evaluate(
     if not len(ready):
         raise DataError("evaluate: there are no rows to measure on; give at least one with a text.")
     answers = answer(task, TorchRuntime(model.network), ready, model.tokenizer)
-    metrics = metrics_of(task, answers, confidence=confidence, resamples=resamples, seed=seed)
-    return {"metrics": metrics, "rows": len(ready), **sizes_of(model, float(np.mean(ready["length"])))}
+    usual: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    result = {"metrics": metrics_of(task, answers, **usual), "rows": len(ready)}
+    result |= sizes_of(model, float(np.mean(ready["length"])))
+    if model.temperature and isinstance(answers, ClassAnswers):
+        result["calibration"] = calibration_of(answers, model.temperature.value, **usual)
+    return result

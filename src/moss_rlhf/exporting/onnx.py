@@ -24,6 +24,7 @@ from moss_rlhf.exporting.int8 import quantize_graph
 from moss_rlhf.files import new_directory
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.config import KEY
+from moss_rlhf.model.fingerprint import network_digest
 from moss_rlhf.model.grid import quantized_weights
 from moss_rlhf.model.runtime import Batch, OnnxRuntime, TorchRuntime
 from moss_rlhf.tasks.batching import padding_of
@@ -71,11 +72,10 @@ def _keep(file: Path, place: Path | None) -> None:
 def _write_companions(model: Model, place: Path) -> None:
     model.tokenizer.save_pretrained(place)
     config = copy.deepcopy(model.network.config)
-    setattr(
-        config,
-        KEY,
-        {"task": model.task, "quantization": model.quantization.declared() if model.quantization else None},
-    )
+    ours = {"task": model.task, "quantization": model.quantization.declared() if model.quantization else None}
+    if model.temperature and model.temperature.network == network_digest(model.network):
+        ours |= model.temperature.declared()
+    setattr(config, KEY, ours)
     config.save_pretrained(place)
 
 

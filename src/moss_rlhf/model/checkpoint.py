@@ -6,7 +6,8 @@ is the name of the weight file for transformers 5: a sentence in its place makes
 
 Everything of ours stands under one key of config.json:
 
-    "moss_rlhf": {"task", "shapes": [[heads, feed_forward], …], "hidden", "pruned": [names], "quantization": {"scheme"}}
+    "moss_rlhf": {"task", "shapes": [[heads, feed_forward], …], "hidden", "pruned": [names], "quantization": {"scheme"},
+                  "temperature", "temperature_of"}
 
 where all but the task are absent if there is nothing to say. A block with cross-attention declares its heads third.
 """
@@ -37,10 +38,12 @@ from moss_rlhf.model.config import (
     trained_labels,
 )
 from moss_rlhf.model.cost import Dimensions
+from moss_rlhf.model.fingerprint import network_digest
 from moss_rlhf.model.locate import read_header, weight_files
 from moss_rlhf.model.offload import MappedWeights
 from moss_rlhf.model.quantization import Quantization
 from moss_rlhf.model.surgery import reshape
+from moss_rlhf.model.temperature import Temperature
 
 SENSITIVITY = "sensitivity.json"
 _UNFIT = "config.json and the weights don't belong together"
@@ -56,6 +59,8 @@ class Model:
     pruned         parameters whose exact zeros stay zero; they keep their identity through surgery, names do not.
     quantization   the scheme whose grid the weights lie on.
     sensitivity    what `sensitivity` measured, for later stages.
+    temperature    what logits are divided by before they are probabilities; saved while the network is the one it
+                   was fitted on.
     weights        where the blocks' weights are while they are not in memory (load(path, offload=True)).
     """
 
@@ -65,6 +70,7 @@ class Model:
     pruned: list[nn.Parameter] = field(default_factory=list)
     quantization: Quantization | None = None
     sensitivity: dict[str, Any] | None = None
+    temperature: Temperature | None = None
     weights: MappedWeights | None = None
 
     @property
@@ -253,6 +259,7 @@ def load_checkpoint(place: Path, auto_class: Any, *, offload: bool = False) -> M
     model.quantization = Quantization.read(ours.get("quantization"), place)
     if (place / SENSITIVITY).exists():
         model.sensitivity = read_json(place / SENSITIVITY)
+    model.temperature = Temperature.read(ours, place)
     model.pruned = _pruned_parameters(network, ours.get("pruned", []), place)
     model.weights = MappedWeights() if offload else None
     return model
@@ -346,6 +353,8 @@ def save_checkpoint(model: Model, place: str | Path) -> None:
         ours["pruned"] = sorted(pruned)
     if model.quantization:
         ours["quantization"] = model.quantization.declared()
+    if model.temperature and model.temperature.network == network_digest(model.network):
+        ours |= model.temperature.declared()
     with new_directory(place) as partial:
         model.network.save_pretrained(partial)
         model.tokenizer.save_pretrained(partial)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ Seconds = NDArray[np.float64]
 
 _POINTS = 6
 _ROUNDS, _WARM_UP = 7, 2
+_MOST_ROUNDS = 15
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,52 @@ def torch_seconds(rows: int = 8, length: int = 64) -> Measure:
     return measure
 
 
-def _clock(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _clock(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Median seconds of two networks on one batch, and how it was done."""
+
+    before: float
+    after: float
+    rows: int
+    rounds: int
+
+    def __str__(self) -> str:
+        times = [f"{1000 * seconds:.3g} ms" for seconds in (self.before, self.after)]
+        how = f"batches of {self.rows}, {self.rounds} rounds in turns, other work on the machine not excluded"
+        return f"{times[0]} → {times[1]} in PyTorch, {self.before / self.after:.2f} times as fast ({how})"
+
+
+def compare_seconds(
+    before: Callable[[], Any],
+    after: Callable[[], Any],
+    *,
+    rows: int,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    budget: float = 1.5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Compared:
+    """Time two calls in turns, before after before after …, after one warm-up of each; medians.
+
+    rows     that a call answers; only told.
+    within   what `after` needs to be in; entering and leaving it is not timed.
+    budget   seconds for all of it, warm-up included, of which the warm-up tells how many rounds fit: 1 to 15.
+    """
+
+    def both() -> tuple[float, float]:
+        first = _clock(before, clock)
+        with within():
+            return first, _clock(after, clock)
+
+    rounds = max(1, min(_MOST_ROUNDS, int(budget / max(sum(both()), 1e-9)) - 1))
+    found = [both() for _ in range(rounds)]
+    first, second = (statistics.median(seconds) for seconds in zip(*found, strict=True))
+    return Compared(first, second, rows, rounds)
 
 
 def _attention(shape: PartShape, units: int, rows: int, length: int) -> Callable[[], object]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,13 @@ from torch import Tensor
 
 from moss_rlhf.errors import DataError
 from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.latency import compare_seconds
+from moss_rlhf.model.replay import Batch
 from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.batching import by_length, chunks
 
 _ROWS_AT_ONCE = 32
+_ROWS_TIMED = 8
 
 
 def calibration_rows(encoded: Any, rows: int, seed: int) -> Any:
@@ -48,3 +52,21 @@ def mean_loss(model: Model, sample: Any) -> float:
             for inputs, labels in labelled_batches(model, sample)
         ]
     return sum(loss for loss, _ in found) / sum(targets for _, targets in found)
+
+
+def compare_speed(
+    before: Callable[..., Any],
+    after: Callable[..., Any],
+    batches: Sequence[Batch],
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> str:
+    """How long two networks take to answer, in turns, 2 seconds or so in all; in words.
+
+    batches   by ascending length; a few rows of the middle one are answered.
+    within    what `after` needs to be in while it answers; not timed.
+    """
+    inputs, labels = batches[len(batches) // 2]
+    rows = min(_ROWS_TIMED, len(labels))
+    few = {name: value[:rows] for name, value in inputs.items()}
+    with torch.inference_mode():
+        return str(compare_seconds(lambda: before(**few), lambda: after(**few), rows=rows, within=within))

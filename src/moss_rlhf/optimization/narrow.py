@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,11 +20,13 @@ from moss_rlhf.errors import ModelError, nearest
 from moss_rlhf.model.anatomy import BlockShape
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.cost import block_macs, units_kept
+from moss_rlhf.model.damage import Kept, after_narrowing
 from moss_rlhf.model.latency import Measure
 from moss_rlhf.model.replay import Batch
 from moss_rlhf.model.surgery import keep_hidden
-from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches
+from moss_rlhf.optimization.calibration import calibration_rows, compare_speed, labelled_batches
 from moss_rlhf.optimization.repair import repair_outputs
+from moss_rlhf.optimization.sensitivity import current_table
 from moss_rlhf.optimization.unit_scores import (
     KINDS,
     SCORES,
@@ -32,14 +34,20 @@ from moss_rlhf.optimization.unit_scores import (
     Part,
     Score,
     activation_scores,
+    block_parts,
     groups_of,
     hidden_scores,
+    parts_of,
     unit_scores,
 )
 from moss_rlhf.optimization.width_allocation import keep_highest, rearrange
 from moss_rlhf.optimization.width_plan import BUDGETS, Plan, budgeted_plan, uniform_plan
 from moss_rlhf.progress import Progress
 from moss_rlhf.tasks.loading import encoded
+
+Criterion = Score | Literal["sensitivity"]
+_CRITERIA: tuple[Criterion, ...] = (*SCORES, "sensitivity")
+_COPIED_BYTES = 2**30  # a network up to this size is copied to be timed beside the narrowed one
 
 
 def narrow(
@@ -52,7 +60,7 @@ def narrow(
     macs: float = 0.0,
     parameters: float = 0.0,
     latency: float = 0.0,
-    score: Score = "fisher",
+    score: Criterion = "fisher",
     steps: int = 1,
     repair: bool = True,
     rows: int = 1024,
@@ -68,7 +76,9 @@ def narrow(
     macs, parameters, latency   instead, one of them: of the blocks' multiply-accumulates, of their matrices' weights,
                                 of their matrix products' measured time; heads and neurons go where they cost least.
     hidden                      of the hidden size, after everything else; it needs fine-tuning afterwards.
-    score                       see `unit_scores`.
+    score                       see `unit_scores`; sensitivity: the Fisher information in `model.sensitivity` of this
+                                very network, else measured first. Saved scores know no single text, so units are
+                                not chosen together (mask rearrangement); steps after the first measure Fisher anew.
     steps                       cuts on the way; scores are measured anew before each, repairs done after each.
     repair                      refit what stays to the uncut outputs.
     multiple_of                 feed-forward and hidden widths are rounded up to it: runtimes like multiples of 8 or 16.
@@ -96,13 +106,49 @@ def narrow(
     if features < size:
         keep_hidden(copy.deepcopy(model.network), torch.arange(features))  # raises, if it does, before any work
     before, batches = _State.of(model, length), list(labelled_batches(model, sample))
-    record = _Record()
+    record, source = _Record(), dict[str, object]()
+    if score == "sensitivity":
+        record.table, source = current_table(model, train, rows=rows, seed=seed, progress=progress)
+    uncut = copy.deepcopy(model.network) if repair or _bytes(model) <= _COPIED_BYTES else None
     if plan.narrows:
-        record = _narrow_units(model, plan, batches, steps=steps, score=score, repair=repair, progress=progress)
+        _narrow_units(
+            model, plan, batches, record, uncut=uncut, steps=steps, score=score, repair=repair, progress=progress
+        )
     if features < size:
         keep_hidden(model.network, keep_highest(hidden_scores(model, batches, progress), features))
     model.pruned = [parameter for parameter in model.pruned if torch.count_nonzero(parameter) < parameter.numel()]
-    return _facts(before, _State.of(model, length), record, rows=len(sample), measured=of == "latency")
+    facts = _facts(before, _State.of(model, length), record, rows=len(sample), budget_of_time=of == "latency")
+    if plan.narrows:
+        facts |= _spend(model, record, score, texts=len(sample))
+    return facts | source | {"measured": _speed(uncut, model.network, batches)}
+
+
+def _bytes(model: Model) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.network.parameters())
+
+
+def _speed(uncut: Any, network: Any, batches: Sequence[Batch]) -> str:
+    if uncut is None:
+        return "not timed: a copy of the uncut network would not fit beside it; predicted from its operations"
+    uncut.eval()
+    network.eval()
+    return compare_speed(uncut, network, batches)
+
+
+def _spend(model: Model, record: _Record, score: str, texts: int) -> dict[str, object]:
+    """Cut the table of sensitivity to the units that stay; the loss that went, where the scores are in its units."""
+    in_units_of_loss = {"sensitivity": 1.0, "fisher": 0.5 / texts}.get(score)
+    kept = {
+        block.name: Kept(
+            {part.kind: record.units[part.name] for part in block_parts(block) if part.name in record.units},
+            sum(record.lost.get(part.name, 0.0) for part in block_parts(block)) * (in_units_of_loss or 0.0),
+        )
+        for block in model.anatomy.blocks
+    }
+    if in_units_of_loss is None and not model.sensitivity:
+        return {}
+    model.sensitivity = after_narrowing(model.sensitivity, kept)
+    return {"damage": model.sensitivity["damage"]} if in_units_of_loss is not None else {}
 
 
 # --- what is done --------------------------------------------------------------------------------------------------
@@ -110,9 +156,18 @@ def narrow(
 
 @dataclass
 class _Record:
-    """kept: share of the score that stayed, by the parts' names, over all steps; errors: of the last repair."""
+    """What happened over all steps, by the parts' names.
+
+    kept     share of the score that stayed; lost: the score that went, in the score's own units.
+    units    which of the old units stayed.
+    errors   of the last repair.
+    table    of sensitivity, where the first step reads its scores from it.
+    """
 
     kept: dict[str, float] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
+    units: dict[str, list[int]] = field(default_factory=dict)
+    table: Mapping[str, Any] | None = None
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
@@ -120,40 +175,57 @@ def _narrow_units(
     model: Model,
     plan: Plan,
     batches: Sequence[Batch],
+    record: _Record,
     *,
+    uncut: Any,
     steps: int,
-    score: Score,
+    score: Criterion,
     repair: bool,
     progress: Progress,
-) -> _Record:
+) -> None:
     """Score the units as the network is, cut a part of the way, repair; and again."""
-    record = _Record()
-    uncut = copy.deepcopy(model.network) if repair else None
     if repair and score == "magnitude":
         activation_scores(model, batches, progress)  # the only score that would not see activations that overflow
     for step in range(1, steps + 1):
-        scores, gradients = unit_scores(model, batches, score, progress)
+        scores, gradients = _scores(model, batches, score, record if step == 1 else None, progress)
         groups = groups_of(model.anatomy)
         together = {group[0].name: _together(group, scores, score) for group in groups}
         for group, width in zip(groups, plan.widths(groups, together, step / steps), strict=True):
             if width < group[0].units:
                 kept = keep_highest(together[group[0].name], width)
-                if score == "fisher":
+                if score == "fisher":  # what the table holds are sums over texts
                     kept = rearrange(torch.cat([gradients[part.name] for part in group]), kept)
                 _cut(group, kept, scores, record)
-        if uncut is not None:
+        if repair:
             frozen = {id(parameter) for parameter in model.pruned}
             record.errors = repair_outputs(model.network, uncut, batches, frozen=frozen, progress=progress)
-    return record
+
+
+def _scores(
+    model: Model, batches: Sequence[Batch], score: Criterion, record: _Record | None, progress: Progress
+) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
+    """As `unit_scores`; of the table of sensitivity where the record holds one."""
+    if score != "sensitivity":
+        return unit_scores(model, batches, score, progress)
+    if record is not None and record.table is not None:
+        blocks = record.table["blocks"]
+        parts = parts_of(model.anatomy)
+        return {part.name: torch.tensor(blocks[part.block.name][part.kind], dtype=torch.float64) for part in parts}, {}
+    scores, _ = unit_scores(model, batches, "fisher", progress)
+    texts = sum(len(labels) for _, labels in batches)
+    return {name: 0.5 * found / texts for name, found in scores.items()}, {}
 
 
 def _cut(group: Sequence[Part], kept: Tensor, scores: Mapping[str, Tensor], record: _Record) -> None:
     for part in group:
-        record.kept[part.name] = record.kept.get(part.name, 1.0) * _share(scores[part.name], kept)
+        score, before = scores[part.name], record.units.get(part.name, list(range(part.units)))
+        record.kept[part.name] = record.kept.get(part.name, 1.0) * _share(score, kept)
+        record.lost[part.name] = record.lost.get(part.name, 0.0) + float(score.sum() - score[kept].sum())
+        record.units[part.name] = [before[index] for index in kept.tolist()]
         part.keep(kept)
 
 
-def _together(group: Sequence[Part], scores: Mapping[str, Tensor], score: Score) -> Tensor:
+def _together(group: Sequence[Part], scores: Mapping[str, Tensor], score: Criterion) -> Tensor:
     """One score a unit of a group: the sum. What is not in units of the loss counts as a share of its part's."""
     parts = [scores[part.name] for part in group]
     if score in ("activation", "magnitude"):
@@ -183,10 +255,12 @@ class _State:
         return cls({block.name: block.shape for block in model.anatomy.blocks}, dimensions.hidden, macs)
 
 
-def _facts(before: _State, after: _State, record: _Record, *, rows: int, measured: bool) -> dict[str, object]:
+def _facts(before: _State, after: _State, record: _Record, *, rows: int, budget_of_time: bool) -> dict[str, object]:
     old, new = tuple(before.shapes.values()), tuple(after.shapes.values())
     kinds: list[Kind] = [kind for kind in KINDS if any(getattr(shape, kind) for shape in old)]
-    facts: dict[str, object] = {kind: f"{_span(old, kind)} → {_span(new, kind)} a block" for kind in kinds}
+    sizes: dict[str, object] = {kind: f"{_span(old, kind)} → {_span(new, kind)} a block" for kind in kinds}
+    gone = 1 - after.macs / before.macs
+    facts: dict[str, object] = {"removed": f"{gone:.0%} of the blocks' multiply-accumulates"} | sizes
     if before.hidden != after.hidden:
         facts["hidden"] = f"{before.hidden} → {after.hidden}; fine-tune before use"
     facts["blocks"] = {
@@ -201,7 +275,7 @@ def _facts(before: _State, after: _State, record: _Record, *, rows: int, measure
     facts["macs_per_token"] = [before.macs, after.macs]
     if record.errors:
         facts["repair_error"] = {name: list(errors) for name, errors in record.errors.items()}
-    facts["faster_here"] = _faster(before, after, measured)
+    facts["faster_here"] = _faster(gone, budget_of_time)
     return facts
 
 
@@ -211,9 +285,8 @@ def _span(shapes: Sequence[BlockShape], kind: Kind) -> str:
     return f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
 
 
-def _faster(before: _State, after: _State, measured: bool) -> str:
-    gone = 1 - after.macs / before.macs
-    how = "; the time budget counts matrix products alone" if measured else ""
+def _faster(gone: float, budget_of_time: bool) -> str:
+    how = "; the time budget counts matrix products alone" if budget_of_time else ""
     return f"yes: the blocks' matrices are physically smaller, with {gone:.0%} fewer multiply-accumulates{how}"
 
 
@@ -234,8 +307,8 @@ def _refuse_options(
             f"narrow: {' and '.join(given)} can't be met together. Give shares of heads and feed_forward, or one of "
             f"{', '.join(budgets)}."
         )
-    if score not in SCORES:
-        raise ModelError(f"narrow: score {score!r} is unknown; {nearest(score, SCORES)}")
+    if score not in _CRITERIA:
+        raise ModelError(f"narrow: score {score!r} is unknown; {nearest(score, _CRITERIA)}")
     for name, count in (("steps", steps), ("multiple_of", multiple_of)):
         if count < 1:
             raise ModelError(f"narrow: {name} must be at least 1, got {count}.")

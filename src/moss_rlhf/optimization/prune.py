@@ -11,12 +11,13 @@ from torch import Tensor
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import Block, Matrix
 from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.damage import after_pruning
 from moss_rlhf.model.replay import InputStatistics, calibrate, visit_blocks
 from moss_rlhf.optimization.allocation import outlier_ratio, sparsities_by_outliers
 from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches
 from moss_rlhf.optimization.magnitude import global_magnitude_masks
 from moss_rlhf.optimization.patterns import Pattern, parse_pattern, pattern_mask
-from moss_rlhf.optimization.sensitivity import sensitivity, sparsities_by_damage
+from moss_rlhf.optimization.sensitivity import current_table, sparsities_by_damage
 from moss_rlhf.optimization.sparsegpt import prune_by_sparsegpt
 from moss_rlhf.optimization.wanda import wanda_score
 from moss_rlhf.progress import Progress
@@ -55,7 +56,7 @@ def prune(
     scope        magnitude only: one threshold a matrix ("layer"), or one for all ("global").
     allocation   uniform: the same share everywhere; outliers: blocks with more outlying activations keep more (Yin et
                  al. 2023); sensitivity: shares that cost the least loss together, from `model.sensitivity`, which is
-                 measured first where it is missing.
+                 measured first where it is missing or of another network.
     raises       ModelError on a quantized model, inf or nan, options that don't go together, a pattern that doesn't fit
                  a matrix, or a sparsity that removes nothing; DataError where rows are needed and there are none.
     """
@@ -66,12 +67,15 @@ def prune(
     if needs_rows and train is None:
         raise ModelError(f"prune: method {method} with allocation {allocation} measures on rows; give training rows.")
     sample = calibration_rows(encoded(model, train), rows, seed) if needs_rows else None
-    shares = _shares(model, train, sample, share, allocation, rows, seed, progress)
+    shares, source = _shares(model, train, sample, share, allocation, rows, seed, progress)
     if method == "magnitude":
         damping = _prune_by_magnitude(model, shape, share, shares, scope)
     else:
         damping = _prune_by_inputs(model, list(labelled_batches(model, sample)), method, shape, shares, progress)
-    return _facts(model, shape, method, allocation, shares, damping, len(sample) if sample is not None else 0)
+    by_block = {block.name: _mean_share(block, shares) for block in model.anatomy.blocks}
+    model.sensitivity = after_pruning(model.sensitivity, by_block)
+    facts = _facts(model, shape, method, damping, len(sample) if sample is not None else 0)
+    return facts | ({"shares": by_block} if allocation != "uniform" else {}) | source
 
 
 def _options(
@@ -126,28 +130,20 @@ def _shares(
     rows: int,
     seed: int,
     progress: Progress,
-) -> dict[str, float]:
-    """The share that goes of every matrix, by name."""
+) -> tuple[dict[str, float], dict[str, object]]:
+    """The share that goes of every matrix, by name, and where a table of sensitivity came from."""
     matrices = model.anatomy.matrices
     if allocation == "uniform":
-        return dict.fromkeys((matrix.name for matrix in matrices), share)
+        return dict.fromkeys((matrix.name for matrix in matrices), share), {}
     if allocation == "outliers":
-        return _shares_by_outliers(model, sample, share, progress)
-    table = model.sensitivity or _measured(model, train, rows, seed, progress)
-    known = [matrix for matrix in matrices if matrix.name in table["matrices"]]
-    if len(known) < len(matrices):
-        raise ModelError("prune: model.sensitivity was measured on another shape of the model. Measure it anew.")
-    curves = [table["matrices"][matrix.name]["prune"] for matrix in known]
+        return _shares_by_outliers(model, sample, share, progress), {}
+    table, source = current_table(model, train, rows=rows, seed=seed, progress=progress)
+    curves = [table["matrices"][matrix.name]["prune"] for matrix in matrices]
     try:
-        found = sparsities_by_damage(curves, [matrix.weight.numel() for matrix in known], share)
+        found = sparsities_by_damage(curves, [matrix.weight.numel() for matrix in matrices], share)
     except ValueError as error:
         raise ModelError(f"prune: {error}.") from None
-    return {matrix.name: one for matrix, one in zip(known, found, strict=True)}
-
-
-def _measured(model: Model, train: Any, rows: int, seed: int, progress: Progress) -> dict[str, Any]:
-    sensitivity(model, train, rows=rows, seed=seed, progress=progress)
-    return model.sensitivity or {}
+    return {matrix.name: one for matrix, one in zip(matrices, found, strict=True)}, source
 
 
 def _shares_by_outliers(model: Model, sample: Any, share: float, progress: Progress) -> dict[str, float]:
@@ -230,7 +226,8 @@ def _solved(
 
 def _zero(model: Model, matrix: Matrix, weight: Tensor) -> None:
     matrix.weight.copy_(weight)
-    if not any(parameter is matrix.parameter for parameter in model.pruned):
+    zeros = torch.count_nonzero(weight) < weight.numel()  # none where an allocation spares the whole matrix
+    if zeros and not any(parameter is matrix.parameter for parameter in model.pruned):
         model.pruned.append(matrix.parameter)
 
 
@@ -239,24 +236,21 @@ def _mean_share(block: Block, shares: Mapping[str, float]) -> float:
     return sum(shares[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
 
-def _facts(
-    model: Model,
-    pattern: Pattern,
-    method: str,
-    allocation: str,
-    shares: Mapping[str, float],
-    damping: Mapping[str, float],
-    rows: int,
-) -> dict[str, object]:
+def _facts(model: Model, pattern: Pattern, method: str, damping: Mapping[str, float], rows: int) -> dict[str, object]:
     matrices = model.anatomy.matrices
     total = sum(matrix.weight.numel() for matrix in matrices)
     zeros = total - sum(int(torch.count_nonzero(matrix.weight)) for matrix in matrices)
     kind = "n:m" if pattern.keep else "block" if pattern.block else "unstructured"
-    facts: dict[str, object] = {"method": method, "zeroed": zeros, "of": total, "sparsity": zeros / total}
+    facts: dict[str, object] = {
+        "removed": f"{zeros:,} of the blocks' {total:,} weights are zero; the file keeps its size",
+        "measured": f"the inputs of every matrix on {rows} rows" if rows else "nothing: the weights alone decided",
+        "method": method,
+        "zeroed": zeros,
+        "of": total,
+        "sparsity": zeros / total,
+    }
     if rows:
         facts["rows_measured"] = rows
-    if allocation != "uniform":
-        facts["shares"] = {block.name: _mean_share(block, shares) for block in model.anatomy.blocks}
     if damping:
         facts["damping_raised"] = dict(damping)
     return facts | {"faster_here": _VERDICT[kind]}

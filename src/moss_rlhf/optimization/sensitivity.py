@@ -25,6 +25,7 @@ from torch import Tensor
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import Block, Matrix
 from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.fingerprint import network_digest
 from moss_rlhf.model.grid import integer_grid, round_to_grid
 from moss_rlhf.model.replay import Batch, InputStatistics, Replay
 from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches
@@ -77,18 +78,39 @@ def sensitivity(
     if model.quantization:
         raise ModelError("sensitivity: the model is quantized already; measure it before.")
     progress = progress or Progress(quiet=True)
-    batches = list(labelled_batches(model, calibration_rows(encoded(model, train), rows, seed)))
+    sample = calibration_rows(encoded(model, train), rows, seed)
+    measured, batches = len(sample), list(labelled_batches(model, sample))
     gradients, units = _gradients(model, batches, progress)
     matrices, drops = _forward_scores(model, batches, gradients, progress)
     blocks = _by_block(model, matrices, drops, units)
-    table = {"rows": rows, "seed": seed, "matrices": matrices, "blocks": blocks}
+    of = {"network": network_digest(model.network), "rows": measured, "seed": seed}
+    spent = (model.sensitivity or {}).get("damage")
+    table = of | {"matrices": matrices, "blocks": blocks} | ({"damage": spent} if spent else {})
     model.sensitivity = table
     ranked = sorted(blocks, key=lambda name: -float(blocks[name]["prune"]["0.5"]))
     return {
+        "removed": "nothing",
+        "measured": f"{len(matrices)} matrices and {len(blocks)} blocks on {measured} rows, forward and backward",
         "most_sensitive_first": ranked,
         "table": table,
         "faster_here": "no: nothing was changed; later stages read the table instead of measuring again",
     }
+
+
+def current_table(
+    model: Model, train: Any, *, rows: int, seed: int, progress: Progress
+) -> tuple[dict[str, Any], dict[str, object]]:
+    """(the table of this very network, what to say of it): the saved one, or measured now where there is no such.
+
+    raises   as `sensitivity`.
+    """
+    table, kept = model.sensitivity or {}, "matrices" in (model.sensitivity or {})
+    if kept and table.get("network") == network_digest(model.network):
+        return table, {"sensitivity": f"read from the saved table, measured on {table['rows']} rows; no new pass"}
+    reason = "the saved table is of the network before it was changed" if table else "no table was saved"
+    sensitivity(model, train, rows=rows, seed=seed, progress=progress)
+    found = model.sensitivity or {}
+    return found, {"sensitivity": f"measured on {found['rows']} rows first: {reason}"}
 
 
 def _gradients(

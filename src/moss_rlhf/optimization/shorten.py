@@ -1,27 +1,30 @@
 """Shorten a stack: drop whole blocks, or merge neighbours into one.
 
 `score` says which. `loss` measures what each possible step costs and takes the cheapest, one block at a time;
-`angular` and `block_influence` (see `layer_scores`) need one forward pass and no labels. `how` says what becomes of
+`angular` and `block_influence` (see `layer_scores`) need one forward pass and no labels; `sensitivity` reads the
+influence that `model.sensitivity` holds of this very network, and needs none. `how` says what becomes of
 them (see `merging`); `stack_search` puts the two together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from moss_rlhf.errors import ModelError, nearest
 from moss_rlhf.model.anatomy import Anatomy
 from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.damage import after_shortening
 from moss_rlhf.model.surgery import only_blocks
-from moss_rlhf.optimization.calibration import calibration_rows, mean_loss
+from moss_rlhf.optimization.calibration import calibration_rows, compare_speed, labelled_batches, mean_loss
+from moss_rlhf.optimization.sensitivity import current_table
 from moss_rlhf.optimization.stack_search import Found, Way, loss_of, search
 from moss_rlhf.progress import Progress
 from moss_rlhf.tasks.loading import encoded
 
 How = Literal["drop", "merge_average", "merge_collapse", "merge_least_squares", "auto"]
-Score = Literal["loss", "angular", "block_influence"]
+Score = Literal["loss", "angular", "block_influence", "sensitivity"]
 WhichStack = Literal["auto", "encoder", "decoder"]
 
 _HELD_OUT = 4  # every fourth row, where ways are compared
@@ -43,6 +46,8 @@ def shorten(
     """Take `remove` blocks out of the network, in place; returns the facts: which, how, and every candidate's score.
 
     train        rows of the task; `rows` of them, drawn by `seed`, are measured on.
+    score        sensitivity: the blocks' `drop` in `model.sensitivity`, measured first where there is none of this very
+                 network.
     how          auto: every way is tried on three quarters of the rows; the one of lowest loss on the rest is kept.
     stack        of an encoder-decoder: the one that loses blocks; auto: both may, the score decides.
     similarity   the least mean cosine, in (0, 1], that merges must keep between the network's last states and the old
@@ -54,19 +59,75 @@ def shorten(
     anatomy = model.anatomy
     sample = calibration_rows(encoded(model, train), rows, seed)
     progress = progress or Progress(quiet=True)
+    influence, source = dict[str, float](), dict[str, object]()
+    if score == "sensitivity":
+        table, source = current_table(model, train, rows=rows, seed=seed, progress=progress)
+        influence = {name: float(scores["drop"]) for name, scores in table["blocks"].items()}
     if how == "auto":
         found, facts = _best_way(
-            model, sample, remove, score=score, stack=stack, similarity=similarity, progress=progress
+            model,
+            sample,
+            remove,
+            score=score,
+            stack=stack,
+            similarity=similarity,
+            influence=influence,
+            progress=progress,
         )
     else:
-        found = search(Way(model, how, stack, sample, similarity), remove, score, progress)
+        found = search(Way(model, how, stack, sample, similarity), remove, score, progress, influence)
         facts = {"loss": loss_of(found.way, found.groups, sample), "rows_scored": len(sample)}
+    speed = _speed(found, sample)
+    told = _facts(anatomy, found, score)
     masks = found.way.commit(found.groups)
-    return _facts(anatomy, found, score) | facts | masks
+    survivors = _survivors(anatomy, found)
+    model.sensitivity = after_shortening(model.sensitivity, survivors)
+    return told | facts | masks | source | {"measured": speed}
+
+
+def _speed(found: Found, sample: Any) -> str:
+    """The network as it is against the shortened one, in turns."""
+    way, network = found.way, found.way.model.network
+    network.eval()
+    batches = list(labelled_batches(way.model, sample))
+    return compare_speed(network, network, batches, lambda: way.applied(found.groups))
+
+
+def _survivors(anatomy: Anatomy, found: Found) -> dict[str, list[str]]:
+    """{name of a block now: its old name, then those of the blocks that went and that it must make up for}.
+
+    Who makes up for a dropped block is the one above it, which gets another input now; the last one, where there is
+    none above.
+    """
+    stays = found.way.realised(found.groups)[0]
+    after: dict[str, list[str]] = {}
+    for stack in anatomy.family.stacks:
+        kept = [index for index in stays if anatomy.blocks[index].stack == stack.name]
+        names = [block.name for block in anatomy.stack(stack.name)]
+        owners = {index: [anatomy.blocks[index].name] for index in kept}
+        for index, block in enumerate(anatomy.blocks):
+            if block.stack == stack.name and index not in kept:
+                owners[_heir(found, kept, index)].append(block.name)
+        after |= {names[position]: owners[index] for position, index in enumerate(kept)}
+    return after
+
+
+def _heir(found: Found, kept: Sequence[int], gone: int) -> int:
+    """Position of the block that a merge put `gone` into, else of the next one above, else of the last."""
+    group = next((group for group in found.groups if gone in group), ())
+    return next((index for index in kept if index in group or (not group and index > gone)), kept[-1])
 
 
 def _best_way(
-    model: Model, sample: Any, remove: int, *, score: str, stack: str, similarity: float | None, progress: Progress
+    model: Model,
+    sample: Any,
+    remove: int,
+    *,
+    score: str,
+    stack: str,
+    similarity: float | None,
+    influence: Mapping[str, float],
+    progress: Progress,
 ) -> tuple[Found, dict[str, object]]:
     """Search by every way on some rows, and keep the one that loses least on the others."""
     held_out, scored = _split(sample)
@@ -77,7 +138,7 @@ def _best_way(
         try:
             _refuse_count(model.anatomy, remove, how, score, stack)
             threshold = None if how == "drop" else similarity
-            found[how] = search(Way(model, how, stack, scored, threshold), remove, score, progress)
+            found[how] = search(Way(model, how, stack, scored, threshold), remove, score, progress, influence)
             losses[how] = loss_of(found[how].way, found[how].groups, held_out)
         except ModelError as error:
             impossible[how] = str(error)
@@ -148,6 +209,7 @@ def _facts(anatomy: Anatomy, found: Found, score: str) -> dict[str, object]:
     kept = found.way.realised(found.groups)[0]
     gone = [index for index in range(len(anatomy.blocks)) if index not in kept]
     facts: dict[str, object] = {
+        "removed": f"{len(gone)} of {len(anatomy.blocks)} blocks",
         "layers": _depths(anatomy, gone),
         "how": found.way.how,
         "dropped": gone,

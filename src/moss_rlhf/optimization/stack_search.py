@@ -221,9 +221,15 @@ def loss_of(way: Way, groups: Groups, sample: Any) -> float:
         return mean_loss(way.model, sample)
 
 
-def search(way: Way, remove: int, score: str, progress: Progress) -> Found:
+def search(
+    way: Way, remove: int, score: str, progress: Progress, influence: Mapping[str, float] | None = None
+) -> Found:
+    """Influence   of every block by its name, for score sensitivity, which measures nothing itself."""
     if score == "loss":
         return _by_loss(way, remove, progress)
+    if score == "sensitivity":
+        spans: list[Group] = [(index,) for index in sorted(way.eligible)]
+        return _by_influence(way, remove, spans, [(influence or {})[way.blocks[index].name] for (index,) in spans])
     return _by_states(way, remove, score, progress)
 
 
@@ -278,13 +284,21 @@ def _by_states(way: Way, remove: int, score: str, progress: Progress) -> Found:
         gone = set(spans[found.index(min(found))])
     else:
         spans = [(index,) for index in sorted(way.eligible)]
-        found = span_distances(way.model.network, batches, spans, block_influence)
-        names = [f"influence of {_one(way.blocks[span[0]])}" for span in spans]
-        gone = _least_influential(way, spans, found, remove)
+        return _by_influence(way, remove, spans, span_distances(way.model.network, batches, spans, block_influence))
+    return _without(way, gone, dict(zip(names, found, strict=True)))
+
+
+def _by_influence(way: Way, remove: int, spans: Sequence[Group], influence: Sequence[float]) -> Found:
+    names = [f"influence of {_one(way.blocks[span[0]])}" for span in spans]
+    gone = _least_influential(way, spans, influence, remove)
+    return _without(way, gone, dict(zip(names, influence, strict=True)))
+
+
+def _without(way: Way, gone: set[int], scores: dict[str, float]) -> Found:
     groups: Groups = tuple((index,) for index in range(len(way.blocks)) if index not in gone)
     if way.how != "drop":
         groups = _merging(way, gone)
-    return Found(way, groups, [dict(zip(names, found, strict=True))])
+    return Found(way, groups, [scores])
 
 
 def _spans(way: Way, remove: int) -> list[Group]:

@@ -305,10 +305,13 @@ def _facts(model: Model, vocabulary: Vocabulary, counts: NDArray[np.int64], kept
     rows = model.network.get_input_embeddings().num_embeddings
     generates = f"yes: the head scores {len(kept)} tokens instead of {rows} at every step"
     looks_up = "no: looking a row up takes as long in a smaller table; the file and the memory shrink"
+    seen = int(np.count_nonzero(counts))
     return {
+        "removed": f"{rows - len(kept):,} of {rows:,} tokens, with their rows of the embeddings",
+        "measured": f"{int(counts.sum()):,} tokens of the texts, {seen:,} of them distinct",
         "tokens": f"{rows} → {len(kept)}",
         "tokenizer": vocabulary.kind,
-        "tokens_seen": int(np.count_nonzero(counts)),
+        "tokens_seen": seen,
         "share_unseen": 1 - np.count_nonzero(counts) / len(vocabulary.ids),
         "kept_ids_sample": list(kept[:: max(1, len(kept) // 16)]),
         "faster_here": generates if has_token_head(model.network) else looks_up,

@@ -22,7 +22,9 @@ class NarrowSpec(Spec):
     macs: Removed = Field(0.0, description="share of the blocks' multiply-accumulates removed, where it costs least")
     parameters: Removed = Field(0.0, description="share of the blocks' weights removed, where it costs least")
     latency: Removed = Field(0.0, description="share of the blocks' measured time removed, where it costs least")
-    score: Literal["fisher", "taylor", "activation", "magnitude"] = "fisher"
+    score: Literal["fisher", "taylor", "activation", "magnitude", "sensitivity"] = Field(
+        "fisher", description="sensitivity: the Fisher scores that a sensitivity stage saved, no new pass"
+    )
     steps: Positive = Field(1, description="cuts; scores are measured anew before each")
     repair: bool = Field(True, description="refit what remains to the uncut outputs, by least squares")
     rows: CalibrationRows = 1024
@@ -52,8 +54,9 @@ class ShortenSpec(Spec):
     how: Literal["drop", "merge_average", "merge_collapse", "merge_least_squares", "auto"] = Field(
         "drop", description="auto: drops and merges are measured, and the better is kept"
     )
-    score: Literal["loss", "angular", "block_influence"] = Field(
-        "loss", description="loss: what removing it costs; the others: how little it changes its input"
+    score: Literal["loss", "angular", "block_influence", "sensitivity"] = Field(
+        "loss",
+        description="loss: what removing it costs; the others: how little it changes its input, sensitivity as saved",
     )
     stack: Literal["auto", "encoder", "decoder"] = Field("auto", description="which stack of an encoder-decoder")
     rows: CalibrationRows = 512

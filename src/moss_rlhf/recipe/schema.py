@@ -25,6 +25,9 @@ class EvaluateSpec(Spec):
     speed_rows: Positive = Field(
         256, description="texts that speed is measured on, a batch size; at least four batches"
     )
+    temperature: bool = Field(
+        True, description="fit the temperature of the shipped classifier's probabilities on validation"
+    )
 
 
 class Recipe(Spec):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ Point = Mapping[str, Any]
 # Okabe and Ito's palette: told apart with any colour vision, and on white as on black.
 _COLOURS = ("#8b8f96", "#e69f00", "#2f8fd3", "#009e73", "#cc79a7")
 _SIDES = {"before": _COLOURS[0], "after": _COLOURS[2]}
+_HEAT = ((0.0, "#f2e9d8"), (0.35, "#f0b95c"), (0.65, "#d4611f"), (1.0, "#5e1224"))  # lightness alone tells the order
+_COLD = ((0.0, "#e6eef5"), (1.0, "#1b5a8a"))
 _GRID = "rgba(128, 128, 128, 0.25)"
 
 
@@ -84,6 +87,99 @@ def history_chart(number: int, history: Mapping[str, Sequence[Point]], metrics: 
     return _html(figure, f"chart-history-{number}", height=470)
 
 
+def sensitivity_chart(
+    number: int, groups: Mapping[str, Mapping[str, Sequence[float | None]]], influences: Mapping[str, float]
+) -> str:
+    """A heat map, blocks × ways of compressing: the loss that each would cost, in colours by its logarithm.
+
+    groups       {group: {column: the damage of every block, the first in the network first}}; a gap stands between
+                 groups. None: no such part; what costs nothing is as pale as the least on the scale.
+    influences   by the blocks' names, what dropping one would change; in another unit, so in colours of its own.
+    """
+    names, values = _with_gaps(groups, len(influences))
+    costs = [value for column in values for value in column if value is not None and value > 0]
+    low, high = _decades(costs)
+    figure = _panels()
+    rows = list(zip(*values, strict=True))
+    losses = {
+        "z": [[None if value is None else _logarithm(value, low) for value in row] for row in rows],
+        "customdata": [["–" if value is None else f"{value:.3g}" for value in row] for row in rows],
+        "text": [names] * len(influences),
+        "hovertemplate": "%{y}, %{text}: loss + %{customdata}<extra></extra>",
+        "colorbar": {
+            "title": {"text": "loss", "side": "top"},
+            "tickvals": list(range(low, high + 1)),
+            "ticktext": [f"10<sup>{power}</sup>" for power in range(low, high + 1)],
+            "thickness": 12,
+        },
+    }
+    blocks, gap = list(influences), {"xgap": 2, "ygap": 2}
+    figure.add_heatmap(x=list(range(len(names))), y=blocks, **losses, colorscale=_HEAT, zmin=low, zmax=high, **gap)
+    drops = {"z": [[value] for value in influences.values()], "hovertemplate": "%{y}, drop: %{z:.3f}<extra></extra>"}
+    top = max(influences.values(), default=1.0) or 1.0
+    figure.add_heatmap(
+        x=[len(names) + 1], y=blocks, **drops, colorscale=_COLD, zmin=0, zmax=top, showscale=False, **gap
+    )
+    titles = {index: name for index, name in enumerate(names) if name} | {len(names) + 1: "drop (influence)"}
+    figure.update_xaxes(tickvals=list(titles), ticktext=list(titles.values()), side="top", tickangle=-45, ticks="")
+    figure.update_yaxes(autorange="reversed", type="category")
+    return _html(figure, f"chart-sensitivity-{number}", height=170 + 26 * len(blocks), top=120, grid=False)
+
+
+def _with_gaps(
+    groups: Mapping[str, Mapping[str, Sequence[float | None]]], blocks: int
+) -> tuple[list[str], list[Sequence[float | None]]]:
+    """Names and columns of all groups, an empty column between two."""
+    names: list[str] = []
+    values: list[Sequence[float | None]] = []
+    for columns in groups.values():
+        if names:
+            names.append("")
+            values.append([None] * blocks)
+        names += columns.keys()
+        values += columns.values()
+    return names, values
+
+
+def _decades(costs: Sequence[float]) -> tuple[int, int]:
+    """Whole powers of ten around the costs, no more than 6 below the highest."""
+    if not costs:
+        return -1, 0
+    high = math.ceil(math.log10(max(costs)))
+    return max(math.floor(math.log10(min(costs))), high - 6) if min(costs) < 10**high else high - 1, high
+
+
+def _logarithm(value: float, low: int) -> float:
+    return max(math.log10(value), low) if value > 0 else float(low)
+
+
+def reliability_chart(lines: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Share of right answers against confidence, a line a model; on the diagonal confidence is what it says.
+
+    lines   by the name people see, its bins: {"rows", "confidence", "accuracy"}; the larger a dot, the more rows.
+    """
+    figure = _panels()
+    ends = {"x": [0, 1], "y": [0, 1], "mode": "lines", "hoverinfo": "skip", "name": "as sure as right"}
+    figure.add_scatter(**ends, line={"color": _COLOURS[0], "width": 1, "dash": "dot"})
+    colours = {"before": _COLOURS[0], "after": _COLOURS[2], "after, scaled": _COLOURS[1]}
+    for name, bins in lines.items():
+        total = sum(part["rows"] for part in bins) or 1
+        figure.add_scatter(
+            x=[part["confidence"] for part in bins],
+            y=[part["accuracy"] for part in bins],
+            customdata=[part["rows"] for part in bins],
+            name=name,
+            mode="lines+markers",
+            line={"color": colours.get(name, _COLOURS[3]), "width": 2},
+            marker={"size": [5 + 18 * math.sqrt(part["rows"] / total) for part in bins]},
+            hovertemplate=f"{name}: %{{customdata}} rows, confidence %{{x:.2f}}, right %{{y:.2f}}<extra></extra>",
+        )
+    least = min((part["confidence"] for bins in lines.values() for part in bins), default=0.0)
+    figure.update_xaxes(title_text="confidence", range=[max(0, least - 0.05), 1.02])
+    figure.update_yaxes(title_text="share right", range=[-0.03, 1.05])
+    return _html(figure, "chart-reliability", height=380)
+
+
 def _add_line(figure: Figure, row: int, points: Sequence[Point], *, field: str, name: str, colour: str) -> None:
     present = [point for point in points if point.get(field) is not None]
     steps, values = [point["step"] for point in present], [point[field] for point in present]
@@ -110,11 +206,11 @@ def _panels(
     return make_subplots(rows, columns, shared_xaxes=rows > 1, subplot_titles=titles, row_heights=heights, **spacing)
 
 
-def _html(figure: Figure, name: str, height: int) -> str:
+def _html(figure: Figure, name: str, height: int, top: int = 60, grid: bool = True) -> str:
     """A division that fits the width it is given. Its name is fixed, so that equal reports give equal pages."""
     figure.update_layout(
         height=height,
-        margin={"l": 60, "r": 12, "t": 60, "b": 40},
+        margin={"l": 60, "r": 12, "t": top, "b": 40},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13},
@@ -124,5 +220,8 @@ def _html(figure: Figure, name: str, height: int) -> str:
     )
     figure.update_xaxes(gridcolor=_GRID, zerolinecolor=_GRID, fixedrange=True)
     figure.update_yaxes(gridcolor=_GRID, zerolinecolor=_GRID, fixedrange=True, automargin=True)
+    if not grid:
+        figure.update_xaxes(showgrid=False, zeroline=False)
+        figure.update_yaxes(showgrid=False, zeroline=False)
     config = {"displayModeBar": False, "displaylogo": False, "responsive": True}
     return str(figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from moss_rlhf.files import write_text
-from moss_rlhf.reporting import charts, summary, table, wording
+from moss_rlhf.reporting import charts, facts, sensitivity, summary, table, wording
 
 Report = Mapping[str, Any]
 Measurement = Mapping[str, Any]
@@ -43,6 +43,8 @@ def render_page(report: Report) -> str:
         main_metric=summary.main_metric(report),
         speed_charts=_speed_charts(table.columns(report)),
         histories=_histories(report),
+        sensitivities=_sensitivities(report),
+        calibration=_calibration(report),
         confusions=_confusions(report),
         recipe=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),
         plotly_script=charts.plotly_script(),
@@ -58,38 +60,11 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(in_words=wording.name_in_words, fact=fact_in_words, duration=wording.duration)
+    environment.filters.update(in_words=wording.name_in_words, duration=wording.duration)
     environment.filters.update(count=wording.count, flops=wording.flops, size=wording.size, estimate=wording.estimate)
+    environment.filters.update(shown=facts.show, stage_facts=facts.stage_facts, plain=_plain)
     environment.filters.update(percent=wording.percent, score=wording.score)
     return environment.get_template("page.html")
-
-
-def fact_in_words(value: object, name: object = "") -> str:
-    """Any JSON value on one line; names that end in bytes, seconds, flops or share give the unit."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{wording.name_in_words(key)} {fact_in_words(item, key)}" for key, item in value.items())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(
-            f"[{fact_in_words(item)}]" if isinstance(item, list) else fact_in_words(item) for item in value
-        )
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: wording.NOT_MEASURED}[value]
-    return _number_in_words(value, str(name)) if isinstance(value, int | float) else str(value)
-
-
-_UNITS: Mapping[str, Callable[[float], str]] = {
-    "bytes": wording.size,
-    "seconds": wording.duration,
-    "flops": wording.flops,
-    "share": wording.percent,
-}
-
-
-def _number_in_words(value: float, name: str) -> str:
-    for ending, words in _UNITS.items():
-        if name.endswith(ending):
-            return words(value)
-    return wording.count(value) if isinstance(value, int) else wording.significant(value)
 
 
 # --- headline numbers ------------------------------------------------------------------------------------------------
@@ -150,6 +125,63 @@ def _histories(report: Report) -> dict[str, str]:
         for number, stage in enumerate(report["stages"], start=1)
         if stage.get("history")
     }
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What a sensitivity stage measured: the heat map, and the same numbers to read."""
+
+    number: int
+    chart: str
+    rows: int
+    columns: list[str]
+    cells: dict[str, list[float | None]]
+    influences: dict[str, float]
+
+
+def _sensitivities(report: Report) -> list[Sensitivity]:
+    return [_sensitivity(number, found) for number, found in sensitivity.tables(report)]
+
+
+def _sensitivity(number: int, found: Mapping[str, Any]) -> Sensitivity:
+    groups, influences = sensitivity.groups(found), sensitivity.influences(found)
+    chart = charts.sensitivity_chart(number, groups, influences)
+    columns = sensitivity.columns(found)
+    cells = {name: [values[index] for values in columns.values()] for index, name in enumerate(influences)}
+    return Sensitivity(number, chart, found["rows"], list(columns), cells, influences)
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The shipped temperature, what it changed, and the reliability diagram."""
+
+    temperature: float
+    rows: int
+    chart: str
+    metrics: dict[str, dict[str, str]]
+
+
+def _calibration(report: Report) -> Calibration | None:
+    found = report.get("calibration")
+    if not found:
+        return None
+    lines = {
+        "before": found.get("reliability_before"),
+        "after": found["reliability"],
+        "after, scaled": found["reliability_scaled"],
+    }
+    chart = charts.reliability_chart({name: bins for name, bins in lines.items() if bins})
+    metrics = {name: _scaling(report, name, scaled) for name, scaled in found["metrics"].items()}
+    return Calibration(found["temperature"], found["rows"], chart, metrics)
+
+
+def _scaling(report: Report, name: str, scaled: Mapping[str, Any]) -> dict[str, str]:
+    sides = {side: ((report[side] or {}).get("metrics") or {}).get(name) for side in ("before", "after")}
+    return {side: wording.estimate(value) for side, value in {**sides, "after, scaled": scaled}.items()}
 
 
 def _confusions(report: Report) -> dict[str, list[list[dict[str, Any]]]]:

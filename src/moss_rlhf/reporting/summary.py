@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moss_rlhf.reporting import wording
+from moss_rlhf.reporting import sensitivity, wording
 
 Report = Mapping[str, Any]
 
@@ -183,7 +183,7 @@ def _share_of_precision(report: Report) -> str:
 
 
 def terminal_summary(report: Report) -> str:
-    """Six to ten plain lines for the end of a run."""
+    """Six to ten plain lines for the end of a run, and a table of what was found sensitive, where it was measured."""
     lines = [headline(report), *_terminal_rows(report), f"  {'cost':<12}{cost_in_words(report)}"]
     lines.append(f"  {'measured':<12}{report['after']['artifact']}, {report['after']['runtime']}")
     notes = list(report["notes"])
@@ -191,7 +191,9 @@ def terminal_summary(report: Report) -> str:
     shown = notes if len(notes) <= room else notes[: room - 1]
     lines += [f"  note: {note}" for note in shown]
     left = len(notes) - len(shown)
-    return "\n".join([*lines, f"  and {left} more notes in the report"] if left else lines)
+    lines += [f"  and {left} more notes in the report"] if left else []
+    tables = [f"  {line}" for _, table in sensitivity.tables(report) for line in sensitivity.text_lines(table)]
+    return "\n".join([*lines, *tables])
 
 
 def _terminal_rows(report: Report) -> list[str]:

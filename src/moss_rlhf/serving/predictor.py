@@ -14,6 +14,7 @@ from moss_rlhf.errors import ModelError
 from moss_rlhf.files import read_json
 from moss_rlhf.model.config import KEY, position_limit, read_config
 from moss_rlhf.model.runtime import OnnxRuntime, Runtime, TorchRuntime
+from moss_rlhf.model.temperature import Temperature
 from moss_rlhf.tasks.batching import batches_of
 
 FILE = "model.onnx"
@@ -34,6 +35,7 @@ class Predictor:
     tokenizer: Any  # of the package tokenizers
     padding: dict[str, int]
     labels: tuple[str, ...]
+    temperature: float = 1.0  # what logits are divided by; it changes no answer's label
 
     @classmethod
     def open(cls, path: str | Path) -> Predictor:
@@ -50,7 +52,9 @@ class Predictor:
             runtime: Runtime = _onnx(place / FILE)
         else:
             runtime, padding = _torch(place, padding)
-        return cls(runtime, tokenizer, padding, tuple(str(names[key]) for key in sorted(names, key=int)))
+        labels = tuple(str(names[key]) for key in sorted(names, key=int))
+        fitted = Temperature.read(config.get(KEY, {}), place)
+        return cls(runtime, tokenizer, padding, labels, fitted.value if fitted else 1.0)
 
     def predict(self, texts: Iterable[str], batch_size: int = 32) -> Iterator[Answer]:
         """One answer a text, in order; reads as many texts at a time as a batch holds."""
@@ -62,7 +66,7 @@ class Predictor:
         encodings = self.tokenizer.encode_batch(list(texts))
         rows = [{"input_ids": encoding.ids, "token_type_ids": encoding.type_ids} for encoding in encodings]
         (batch,) = batches_of(rows, len(rows), self.padding)
-        logits = self.runtime.run(batch).astype(np.float64)
+        logits = self.runtime.run(batch).astype(np.float64) / self.temperature
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         for values in exponentials / exponentials.sum(axis=1, keepdims=True):
             yield Answer(self.labels[int(values.argmax())], float(values.max()))

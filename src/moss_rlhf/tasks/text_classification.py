@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moss_rlhf.data import Column
 from moss_rlhf.model.runtime import Runtime, TorchRuntime
 from moss_rlhf.tasks.batching import by_length, chunks, pad, padding_of
+from moss_rlhf.tasks.calibration import expected_calibration_error, log_loss
 from moss_rlhf.tasks.metrics import Metric, accuracy, confusion, macro_f1
 
 if TYPE_CHECKING:
@@ -27,7 +28,11 @@ class TextClassification:
     columns = (Column("text", "text"), Column("label", "label"))
     metric = "accuracy"
     metrics: Mapping[str, Metric] = {"accuracy": accuracy, "macro_f1": macro_f1}
-    lower_is_better: frozenset[str] = frozenset()
+    probability_metrics: Mapping[str, Metric] = {
+        "log_loss": log_loss,
+        "expected_calibration_error": expected_calibration_error,
+    }
+    lower_is_better: frozenset[str] = frozenset(probability_metrics)
     has_classes = True
 
     def auto_class(self) -> Any:
