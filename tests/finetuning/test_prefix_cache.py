@@ -5,11 +5,13 @@ import shutil
 import pytest
 import torch
 
-from moss_rlhf.errors import MachineError
+from moss_rlhf.errors import MachineError, RecipeError
 from moss_rlhf.finetuning import finetune
+from moss_rlhf.finetuning.companions import KeptZeros
 from moss_rlhf.finetuning.layers import layer_groups
 from moss_rlhf.finetuning.prefix_cache import PrefixCache
 from moss_rlhf.model.anatomy import FAMILIES
+from moss_rlhf.model.prefix import Prefix
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import FinetuneSpec
 from moss_rlhf.stages import StageContext, apply_stage
@@ -171,7 +173,7 @@ def test_what_can_not_be_kept_is_said(tiny_model, rows, monkeypatch):
     phases = [{"train": ["head"], "epochs": 2}]
     result = _trained(tiny_model(), rows, phases=phases, cache={"bytes": 100})[1]
     assert "may take 0.00" in result.facts["cache"]
-    assert "cache_bytes" not in result.facts
+    assert result.facts["cache_bytes"] == 0
     with pytest.raises(MachineError, match="required, but it would take"):
         _trained(tiny_model(), rows, phases=phases, cache={"bytes": 100, "required": True})
     with pytest.raises(MachineError, match="no block stays frozen for 2 epochs"):
@@ -187,6 +189,34 @@ def test_a_state_too_large_for_its_numbers_is_not_kept(tiny_model, rows):
         parameter.data.fill_(1e6)  # above float16's largest
     result = _trained(model, rows, phases=[{"train": ["head"], "epochs": 2}], cache={"dtype": "float16"})[1]
     assert result.facts["cache"] == "none: a hidden state is not finite in float16"
+    with pytest.raises(MachineError, match="required, but a hidden state is not finite"):
+        _trained(model, rows, phases=[{"train": ["head"], "epochs": 2}], cache={"dtype": "float16", "required": True})
+
+
+def test_a_network_that_answers_otherwise_is_not_trusted(tiny_model, rows, monkeypatch):
+    """Were a family to read more of its blocks than we know, training would go on with the blocks themselves."""
+    states = Prefix.states
+    monkeypatch.setattr(
+        Prefix, "states", lambda self, given: {name: state + 0.5 for name, state in states(self, given).items()}
+    )
+    model, other = tiny_model(), tiny_model()
+    phases = [{"train": ["head"], "epochs": 2}]
+    weights, result = _trained(model, rows, phases=phases)
+    assert "answers otherwise" in result.facts["cache"]
+    plain, _ = _trained(other, rows, phases=phases, cache="off")
+    assert all(torch.equal(value, plain[name]) for name, value in weights.items())
+
+
+def test_weights_altered_on_the_way_are_not_cached(tiny_model, rows, monkeypatch):
+    monkeypatch.setattr(KeptZeros, "alters_forward", True)
+    result = _trained(tiny_model(), rows, phases=[{"train": ["head"], "epochs": 2}])[1]
+    assert "weights are altered on the way" in result.facts["cache"]
+
+
+@pytest.mark.parametrize("cache", ["sometimes", {"dtype": "int8"}, {"bytes": 0}, {"type": "float16"}])
+def test_a_cache_that_can_not_be_is_refused(cache, tiny_model, rows):
+    with pytest.raises(RecipeError, match=r"finetune\.cache"):
+        _trained(tiny_model(), rows, cache=cache)
 
 
 def test_distillation_reads_the_teachers_answers_beside_the_cache(tiny_model, rows):

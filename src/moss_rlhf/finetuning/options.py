@@ -76,7 +76,10 @@ def cache_option(value: CacheOption) -> Cache | None:
         if value not in ("auto", "off", "required"):
             raise RecipeError(f"finetune.cache: {value!r} can't be used; give auto, off, required, or its fields.")
         return None if value == "off" else Cache(required=value == "required")
-    return option(Cache, value, "cache")
+    found = option(Cache, value, "cache")
+    if found and (found.dtype not in ("auto", "float32", "bfloat16", "float16") or min(found.bytes, found.epochs) < 1):
+        raise RecipeError(f"finetune.cache: {found} can't be used; see its fields in docs/recipe.md.")
+    return found
 
 
 def option(kind: type[Options], value: Options | Mapping[str, Any] | None, name: str) -> Options | None:

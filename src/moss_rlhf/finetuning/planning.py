@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from moss_rlhf.errors import ModelError, RecipeError
+from moss_rlhf.errors import ModelError, RecipeError, nearest
 from moss_rlhf.finetuning.layers import damage_multipliers, damage_order, layer_learning_rates
 from moss_rlhf.finetuning.options import Phase, ScheduleName, option
 from moss_rlhf.finetuning.timetable import Phases, Stretch, Thaw, Timetable, head_first
@@ -51,6 +51,8 @@ def _check(phase: Phase, place: str, groups: Mapping[str, int]) -> None:
         raise RecipeError(f"{place}.train: {', '.join(names)} of this network is tied to the embeddings. Add a block.")
     if phase.epochs < 1:
         raise RecipeError(f"{place}.epochs: {phase.epochs} trains nothing; give at least 1.")
+    if phase.schedule is not None and phase.schedule not in SCHEDULES:
+        raise RecipeError(f"{place}.schedule: unknown {phase.schedule!r}; {nearest(phase.schedule, SCHEDULES)}")
     if phase.learning_rate is not None and phase.learning_rate <= 0:
         raise RecipeError(f"{place}.learning_rate: {phase.learning_rate} moves nothing; give one above 0.")
 

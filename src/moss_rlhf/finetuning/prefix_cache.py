@@ -102,6 +102,7 @@ class CachePlan:
 
     runs      of steps, each with its own number of frozen blocks; none: nothing is kept.
     shared    whether others use the folder too, so that what is filled stays.
+    required  whether it is an error where nothing can be kept after all.
     why_not   where there is something frozen that is not kept.
     """
 
@@ -109,6 +110,7 @@ class CachePlan:
     dtype: torch.dtype
     folder: Path
     shared: bool = False
+    required: bool = False
     why_not: str = ""
 
 
@@ -138,10 +140,14 @@ def plan_cache(
     why_not = obstacle if runs else ""
     if options and runs and not obstacle:
         why_not = _too_large(sum(sizes) if shared else max(sizes), options.bytes, folder)
-    if options and options.required and (why_not or not runs):
-        reason = why_not or f"no block stays frozen for {options.epochs:g} epochs"
-        raise MachineError(f"finetune.cache: required, but {reason}. Give cache: auto to go on without.")
-    return CachePlan(() if why_not else runs, dtype, folder, shared, why_not)
+    required = options is not None and options.required
+    if options and required and (why_not or not runs):
+        raise _refusal(why_not or f"no block stays frozen for {options.epochs:g} epochs")
+    return CachePlan(() if why_not else runs, dtype, folder, shared, required, why_not)
+
+
+def _refusal(reason: str) -> MachineError:
+    return MachineError(f"finetune.cache: required, but {reason}. Give cache: auto to go on without.")
 
 
 def _dtype(options: Cache | None, bfloat16: bool) -> torch.dtype:
@@ -208,11 +214,16 @@ class PrefixCache(Companion):
 
     def finish(self) -> dict[str, Any]:
         self._leave()
-        if self.why_not:
-            return {"cache": f"none: {self.why_not}"}
-        parts = [f"{run.blocks} blocks, steps {run.start + 1} to {run.stop}" for run in self.plan.runs]
+        if not self.plan.shared:
+            shutil.rmtree(self.plan.folder, ignore_errors=True)
         size, seconds = self._measured.sum(dim=0).tolist()
-        return {"cache": "; ".join(parts), "cache_bytes": int(size), "cache_seconds": seconds}
+        parts = [
+            f"{run.blocks} blocks, steps {run.start + 1} to {run.stop}"
+            for run, (stored, _) in zip(self.plan.runs, self._measured.tolist(), strict=True)
+            if stored  # else early stopping came before it
+        ]
+        parts += [f"none: {self.why_not}"] if self.why_not else []
+        return {"cache": "; ".join(parts) or "none", "cache_bytes": int(size), "cache_seconds": seconds}
 
     def _leave(self) -> None:
         """Forget a run's states; off the disk too where nobody else uses them."""
@@ -233,16 +244,22 @@ class PrefixCache(Companion):
             try:
                 self._fill(store, prefix, missing)
             except OverflowError as error:
-                self.why_not = str(error)
+                self._give_up(str(error))
                 return
         self._prefix, self._store = prefix, store
         if not self._agrees(sample):
-            self.why_not = "this network answers otherwise with stored states in the place of its blocks"
             self._leave()
+            self._give_up("this network answers otherwise with stored states in the place of its blocks")
             return
         if begins:
             self._to_count = self._fill_flops(run.blocks, missing if self.plan.shared else range(len(self.rows.keys)))
         self._measured[self.plan.runs.index(run)] = torch.tensor([store.bytes, store.seconds], dtype=torch.float64)
+
+    def _give_up(self, reason: str) -> None:
+        if self.plan.required:
+            raise _refusal(reason)
+        self.why_not = reason
+        self.say(f"  frozen blocks run at every step: {reason}")
 
     def _fill(self, store: StoredStates, prefix: Prefix, missing: Sequence[int]) -> None:
         if not missing:

@@ -91,7 +91,7 @@ class Prefix:
         parts = [parameter for block in self.blocks for parameter in block.module.parameters()]
         for parameter in [*(parameter for _, parameter in self.embeddings), *parts]:
             sums.update(str(tuple(parameter.shape)).encode())
-            sums.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            sums.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         config = self.network.config.to_dict() | {"id2label": None, "label2id": None}
         sums.update(json.dumps([config, len(self.blocks)], sort_keys=True, default=str).encode())
         sums.update(str(next(self.network.parameters()).device.type).encode())

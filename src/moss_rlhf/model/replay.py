@@ -30,7 +30,8 @@ from moss_rlhf.progress import Progress
 
 Gather = Literal["nothing", "norms", "grams"]
 Batch = tuple[Mapping[str, Tensor], Tensor]  # (inputs of the network, labels)
-Args, Kwargs = tuple[Any, ...], dict[str, Any]
+Args = tuple[Any, ...]  # of a block
+Kwargs = dict[str, Any]
 
 CACHE_BYTES = 2**30
 """Activations kept in memory; what exceeds it lies on disk."""
