@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from moss_rlhf.data import DataCheck, check_data
-from moss_rlhf.errors import MachineError, ModelError, RecipeError
+from moss_rlhf.errors import MachineError, ModelError, RecipeError, nearest
 from moss_rlhf.model.anatomy import FAMILIES, BlockShape, family_of
 from moss_rlhf.model.config import (
     KEY,
@@ -217,9 +217,11 @@ def _check_teacher(recipe: Recipe, index: int, teacher: str, config: dict[str, A
 
 
 def check_labels(recipe: Recipe, config: dict[str, Any], labels: Sequence[str]) -> None:
-    """A checkpoint of ours serves the labels it was trained for, and a teacher knows the same."""
+    """A checkpoint of ours serves the labels it was trained for, a teacher knows the same, and weights are for them."""
     for index, stage in enumerate(recipe.stages):
         spec = stage_spec(stage)
+        if isinstance(spec, FinetuneSpec) and spec.loss and isinstance(spec.loss.class_weights, dict):
+            _check_weights(spec.loss.class_weights, labels, f"stages.{index}.finetune.loss.class_weights")
         if isinstance(spec, FinetuneSpec) and spec.distill and spec.distill.teacher != "parent":
             taught = trained_labels(read_config(locate(spec.distill.teacher)))
             if taught is None or set(taught) != set(labels):
@@ -233,6 +235,12 @@ def check_labels(recipe: Recipe, config: dict[str, Any], labels: Sequence[str]) 
             f"model: {recipe.model} was trained for the labels {', '.join(known)}; the data has {', '.join(labels)}. "
             "Give data with the same labels (data.labels renames them), or start from the pretrained model."
         )
+
+
+def _check_weights(weights: Mapping[str, float], labels: Sequence[str], field: str) -> None:
+    for label in weights:
+        if label not in labels:
+            raise RecipeError(f"{field}: the data has no label {label!r}; {nearest(label, labels)}")
 
 
 def check_output(recipe: Recipe, place: Path) -> None:
@@ -329,8 +337,9 @@ def _work(spec: object, state: _State, rows: dict[str, int], length: float, long
     if isinstance(spec, FinetuneSpec):
         tokens = spec.epochs * rows["train"] * length
         evaluations = spec.epochs * spec.evaluations_per_epoch * rows["validation"] * forward
-        training = training_flops(state.dimensions, length, tokens) + evaluations
-        batch = spec.batch_size * longest
+        passes = 2 if spec.loss and spec.loss.r_drop else 1
+        training = passes * training_flops(state.dimensions, length, tokens) + evaluations
+        batch = passes * spec.batch_size * longest
         return training, _LIBRARY_BYTES + training_bytes(
             state.parameters, state.dimensions.hidden, len(state.shapes), batch
         )

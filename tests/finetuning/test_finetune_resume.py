@@ -38,6 +38,12 @@ def train_to_the_end(tiny_model, rows):
             options |= {"unfreeze": "gradual", "layer_decay": 0.8, "schedule": "slanted_triangular"}
         if variant == "random order":
             options["length_bucketing"] = False
+        if variant in ("adam", "sgd", "adafactor"):
+            options["optimizer"] = variant
+        if variant == "penalties":
+            options |= {"l1": 0.3, "l2": 0.1, "l2_start": 0.2, "loss": {"r_drop": 1.0, "label_smoothing": 0.1}}
+        if variant == "plateau":
+            options |= {"schedule": {"name": "reduce_on_plateau", "factor": 0.3}, "evaluations_per_epoch": 4}
         if variant == "bfloat16":
             options["precision"] = "bfloat16"
         result = finetune(
@@ -65,7 +71,11 @@ def _stopping(acting, step):
     return acting(act)
 
 
-@pytest.mark.parametrize("variant", ["plain", "random order", "gradual", "distilled", "pruned", "bfloat16"])
+VARIANTS = ["plain", "random order", "gradual", "distilled", "pruned", "bfloat16"]
+VARIANTS += ["adam", "sgd", "adafactor", "penalties", "plateau"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_resumed_is_never_stopped(variant, train_to_the_end, acting, tmp_path):
     """Stopped twice: in the middle of the first epoch, and right after its end."""
     for step in (3, 6):

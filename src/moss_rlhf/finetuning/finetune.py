@@ -17,12 +17,23 @@ from numpy.typing import NDArray
 from safetensors.torch import load_model
 from transformers import TrainingArguments, set_seed
 
-from moss_rlhf.errors import DataError, Interrupted, ModelError
+from moss_rlhf.errors import DataError, Interrupted, ModelError, RecipeError
 from moss_rlhf.finetuning.companions import Companion, Companions, KeptZeros
 from moss_rlhf.finetuning.distillation import Teaching
-from moss_rlhf.finetuning.layers import layer_groups, layer_learning_rates
+from moss_rlhf.finetuning.layers import LayerGroup, layer_groups, layer_learning_rates
+from moss_rlhf.finetuning.losses import LabelLoss, label_loss
 from moss_rlhf.finetuning.objective import Objective
-from moss_rlhf.finetuning.options import Distillation, EarlyStopping, option
+from moss_rlhf.finetuning.options import (
+    Distillation,
+    EarlyStopping,
+    Loss,
+    Optimizer,
+    OptimizerName,
+    Schedule,
+    named,
+    option,
+)
+from moss_rlhf.finetuning.regularisers import Lasso, Ridge, TowardsStart
 from moss_rlhf.finetuning.sampling import EpochSampler
 from moss_rlhf.finetuning.timetable import Thaw, Unfreeze
 from moss_rlhf.finetuning.trainer import (
@@ -31,6 +42,7 @@ from moss_rlhf.finetuning.trainer import (
     Conductor,
     LayerwiseTrainer,
     Plan,
+    Plateau,
     best_of,
     checkpoints,
 )
@@ -38,7 +50,7 @@ from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.processor import fast_bfloat16, processor_flags
 from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.progress import Progress
-from moss_rlhf.strategy import SCHEDULES
+from moss_rlhf.strategy import shaped
 from moss_rlhf.tasks import TASKS, Task, TextClassification
 from moss_rlhf.tasks.loading import encoded
 
@@ -67,9 +79,14 @@ def finetune(
     epochs: int = 3,
     learning_rate: float = 5e-5,
     batch_size: int = 32,
-    schedule: Literal["linear", "slanted_triangular", "constant"] = "linear",
+    schedule: str | Schedule | Mapping[str, Any] = "linear",
     warmup: float = 0.1,
+    optimizer: OptimizerName | Optimizer | Mapping[str, Any] = "adamw",
     weight_decay: float = 0.01,
+    l2: float = 0.0,
+    l2_start: float = 0.0,
+    l1: float = 0.0,
+    loss: Loss | Mapping[str, Any] | None = None,
     max_gradient_norm: float = 1.0,
     layer_decay: float = 1.0,
     unfreeze: Unfreeze = "all",
@@ -87,6 +104,11 @@ def finetune(
     """Train `model` in place and leave it with the weights of its best evaluation.
 
     train, validation   rows with the task's columns, labels included; or encoded already.
+    schedule            a name of `strategy.SCHEDULES`, or with its constants: {"name": "polynomial", "power": 2.0}.
+    optimizer           a name, or with its constants: {"name": "sgd", "momentum": 0.9}.
+    weight_decay        of matrices and tables, as the optimizer has it: decoupled in adamw and adafactor.
+    l2, l2_start, l1    strengths of the penalties of `regularisers.py`.
+    loss                what is asked of the labels, such as {"label_smoothing": 0.1}; None: the task's own loss.
     early_stopping      {"patience": evaluations without a better metric before training stops}; None: never.
     teacher             a model whose answers are learned too.
     distill             how, such as {"temperature": 2.0, "weight": 0.7}; these without it.
@@ -101,10 +123,12 @@ def finetune(
     task = TASKS[model.task]
     train, validation = _rows(model, train, "train"), _rows(model, validation, "validation")
     stopping, progress = option(EarlyStopping, early_stopping, "early_stopping"), progress or Progress(quiet=True)
+    shape = option(Schedule, named(schedule), "schedule") or Schedule()
     steps_per_epoch = -(-len(train) // batch_size)
     steps = epochs * steps_per_epoch
     groups = tuple(layer_groups(model.network))
     rates = tuple(layer_learning_rates(len(groups) - 2, learning_rate, layer_decay))
+    labelled = _labelled(model, task, option(Loss, loss, "loss"), train)
     bfloat16 = uses_bfloat16(precision)
     if teacher is not None:
         _check_teacher(model, teacher)
@@ -112,14 +136,16 @@ def finetune(
             train = _with_teacher(train, teacher, task, progress)
     plan = Plan(
         groups=groups,
-        timetable=Thaw(rates, unfreeze, SCHEDULES[schedule], warmup, steps),
-        objective=Objective(task, _teaching(task, teacher, option(Distillation, distill, "distill"))),
-        companions=Companions(_companions(model)),
+        timetable=Thaw(rates, unfreeze, shaped(shape.name, shape.power, shape.decay), warmup, steps),
+        objective=Objective(task, _teaching(task, teacher, option(Distillation, distill, "distill")), labelled),
+        companions=Companions([*_penalties(model, groups, l2, l2_start, l1), *_companions(model)]),
+        optimizer=option(Optimizer, named(optimizer), "optimizer") or Optimizer(),
         weight_decay=weight_decay,
         evaluate_at=evaluation_steps(steps_per_epoch, epochs, evaluations_per_epoch),
         steps=steps,
         patience=stopping.patience if stopping else None,
         dimensions=model.dimensions,
+        plateau=_plateau(shape),
     )
     sampler = EpochSampler(train["length"], batch_size, seed, length_bucketing)
     with _folder(workspace) as folder:
@@ -205,6 +231,46 @@ def _teaching(task: Task, teacher: Model | None, options: Distillation | None) -
     return Teaching(task, options, teacher.network.to(device).eval())
 
 
+def _labelled(model: Model, task: Task, asked: Loss | None, train: Any) -> LabelLoss | None:
+    """None: the task's own loss."""
+    if asked is None:
+        return None
+    if asked.r_drop and not _drops_out(model.network):
+        raise ModelError(
+            "finetune.loss.r_drop: the network has no dropout, so two passes agree already. Leave r_drop out, or set "
+            "a dropout in config.json."
+        )
+    return label_loss(task, asked, *((model.labels, train["labels"]) if task.has_classes else ((), ())))
+
+
+def _drops_out(network: Any) -> bool:
+    """Whether two passes differ: dropout is a module, or a number that a module keeps and calls F.dropout with."""
+    modules = [module for module in network.modules() if not isinstance(module, torch.nn.Dropout)]
+    numbers = [value for module in modules for name, value in vars(module).items() if "drop" in name]
+    dropouts = [module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)]
+    return any(isinstance(value, float) and value > 0 for value in (*numbers, *dropouts))
+
+
+def _plateau(shape: Schedule) -> Plateau | None:
+    if shape.name != "reduce_on_plateau":
+        return None
+    return Plateau(0.5 if shape.factor is None else shape.factor, shape.patience or 1)
+
+
+def _penalties(
+    model: Model, groups: Sequence[LayerGroup], l2: float, l2_start: float, l1: float
+) -> Iterator[Companion]:
+    for name, strength in {"l2": l2, "l2_start": l2_start, "l1": l1}.items():
+        if not 0 <= strength < float("inf"):
+            raise RecipeError(f"finetune.{name}: {strength} can't be used; it must be at least 0.")
+    if l2:
+        yield Ridge(groups, l2)
+    if l2_start:
+        yield TowardsStart(groups, l2_start)
+    if l1:
+        yield Lasso(model, groups, l1)
+
+
 def _companions(model: Model) -> list[Companion]:
     """What goes along; what changes weights last comes last."""
     return [KeptZeros(model.pruned)]
@@ -264,6 +330,7 @@ def _train(
             with conductor.catching_interrupt():
                 trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
         finally:
+            trainer.plan.companions.leave()
             for group in trainer.plan.groups:
                 group.train(True)
     if conductor.stop_requested.is_set():
@@ -276,7 +343,7 @@ def _train(
 
 def _training(trainer: LayerwiseTrainer, task: Task, bfloat16: bool) -> Training:
     log = trainer.state.log_history
-    best = best_of(log, task)
+    best = best_of(log, task, trainer.plan.companions.settled)
     evaluations = [entry for entry in log if "eval_loss" in entry]
     facts = {
         "steps": trainer.state.global_step,

@@ -33,11 +33,13 @@ from moss_rlhf.files import new_file
 from moss_rlhf.finetuning.companions import Companions
 from moss_rlhf.finetuning.layers import LayerGroup
 from moss_rlhf.finetuning.objective import Objective
+from moss_rlhf.finetuning.optimizers import make_optimizer
+from moss_rlhf.finetuning.options import Optimizer
 from moss_rlhf.finetuning.sampling import EpochSampler
 from moss_rlhf.finetuning.timetable import Timetable
 from moss_rlhf.model.cost import Dimensions, training_flops
 from moss_rlhf.progress import Bar
-from moss_rlhf.strategy import Best
+from moss_rlhf.strategy import Best, reductions
 from moss_rlhf.tasks import Task
 
 SAVE_EVERY_SECONDS = 60.0
@@ -53,18 +55,38 @@ class Plan:
     timetable: Timetable
     objective: Objective
     companions: Companions
+    optimizer: Optimizer
     weight_decay: float
     evaluate_at: frozenset[int]  # steps
     steps: int
     patience: int | None
     dimensions: Dimensions
+    plateau: Plateau | None = None
 
 
-def best_of(log_history: Sequence[Mapping[str, float]], task: Task) -> Best:
-    """The best evaluation of a log; so a resumed run needs no other memory of it."""
+@dataclass(frozen=True)
+class Plateau:
+    """Rates are multiplied by `factor` after every `patience` evaluations in a row without a better one."""
+
+    factor: float
+    patience: int
+
+    def multiplier(self, step: int, log_history: Sequence[Mapping[str, float]], task: Task, since: int = 0) -> float:
+        """At a step, of what was evaluated before it: so a resumed run has the rates of one never stopped."""
+        name = f"eval_{task.metric}"
+        seen = [
+            (entry[name], entry["eval_loss"])
+            for entry in log_history
+            if name in entry and since <= entry["step"] < step
+        ]
+        return self.factor ** reductions(seen, self.patience, task.metric in task.lower_is_better)
+
+
+def best_of(log_history: Sequence[Mapping[str, float]], task: Task, since: int = 0) -> Best:
+    """The best evaluation of a log, from step `since` on; so a resumed run needs no other memory of it."""
     best, name = Best(lower_is_better=task.metric in task.lower_is_better), f"eval_{task.metric}"
     for entry in log_history:
-        if name in entry:
+        if name in entry and entry["step"] >= since:
             best = best.after(entry[name], entry["eval_loss"], int(entry["step"]))
     return best
 
@@ -94,8 +116,7 @@ class LayerwiseTrainer(Trainer):
         return self.sampler
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        # fused: one pass over weights, gradients and moments instead of a dozen
-        self.optimizer = torch.optim.AdamW(list(self._parameter_groups()), fused=True)
+        self.optimizer = make_optimizer(self.plan.optimizer, self._parameter_groups())
         return self.optimizer
 
     def _parameter_groups(self) -> Iterator[dict[str, Any]]:
@@ -109,11 +130,18 @@ class LayerwiseTrainer(Trainer):
             yield {"params": [extra.parameter], "lr": extra.learning_rate, "weight_decay": extra.weight_decay}
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        table, groups = self.plan.timetable, len(self.plan.groups)
-        layers = [partial(table.multiplier, group=group) for group in range(groups) for _ in range(2)]
-        extras = [partial(table.multiplier, group=groups - 1)] * len(self.plan.companions.extras())
+        groups = len(self.plan.groups)
+        layers = [partial(self._multiplier, group) for group in range(groups) for _ in range(2)]
+        extras = [partial(self._multiplier, groups - 1)] * len(self.plan.companions.extras())
         self.lr_scheduler = LambdaLR(self.optimizer, [*layers, *extras])
         return self.lr_scheduler
+
+    def _multiplier(self, group: int, step: int) -> float:
+        share, plateau = self.plan.timetable.multiplier(step, group), self.plan.plateau
+        if plateau is None:
+            return share
+        settled = self.plan.companions.settled
+        return share * plateau.multiplier(step, self.state.log_history, self.plan.objective.task, settled)
 
     @property
     def rates(self) -> list[float]:
@@ -138,7 +166,8 @@ class LayerwiseTrainer(Trainer):
     def floating_point_ops(self, inputs: Mapping[str, Tensor]) -> float:
         rows, length = inputs["input_ids"].shape
         lowest = self.plan.timetable.trains(self.state.global_step).index(True)
-        return training_flops(self.plan.dimensions, length, rows * length, max(0, lowest - 1))
+        once = training_flops(self.plan.dimensions, length, rows * length, max(0, lowest - 1))
+        return once * self.plan.objective.passes
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         with self.plan.companions.as_shipped():
@@ -234,7 +263,7 @@ class Conductor(TrainerCallback):
         self.shown |= {names[name]: value for name, value in (logs or {}).items() if name in names}
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        best = best_of(state.log_history, self.task)
+        best = best_of(state.log_history, self.task, self.plan.companions.settled)
         if best.step == state.global_step:
             with new_file(Path(args.output_dir) / BEST) as place, self.plan.companions.as_shipped():
                 save_model(self.trainer.model, str(place))

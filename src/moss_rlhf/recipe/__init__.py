@@ -2,7 +2,14 @@
 
 from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
 from moss_rlhf.recipe.data import DataSpec, SplitLayout
-from moss_rlhf.recipe.finetuning import DistillSpec, EarlyStoppingSpec, FinetuneSpec
+from moss_rlhf.recipe.finetuning import (
+    DistillSpec,
+    EarlyStoppingSpec,
+    FinetuneSpec,
+    LossSpec,
+    OptimizerSpec,
+    ScheduleSpec,
+)
 from moss_rlhf.recipe.reading import apply_override, make_recipe, parse_yaml, read_recipe, recipe_values, recipe_yaml
 from moss_rlhf.recipe.schema import EvaluateSpec, Recipe, stages_before_compression
 from moss_rlhf.recipe.stages import stage_kind, stage_spec
@@ -13,10 +20,13 @@ __all__ = [
     "EarlyStoppingSpec",
     "EvaluateSpec",
     "FinetuneSpec",
+    "LossSpec",
     "NarrowSpec",
+    "OptimizerSpec",
     "PruneSpec",
     "QuantizeSpec",
     "Recipe",
+    "ScheduleSpec",
     "SensitivitySpec",
     "ShortenSpec",
     "SplitLayout",

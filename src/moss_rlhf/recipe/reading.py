@@ -146,7 +146,8 @@ def make_recipe(values: Mapping[str, Any], place: str = "recipe") -> Recipe:
 
 def _beside_the_point(fault: Any) -> bool:
     """A mapping is told what is wrong inside it, not that it might have been a string or a number instead."""
-    return isinstance(fault["input"], Mapping) and fault["type"].removesuffix("_type") in ("string", "float", "int")
+    others = ("string", "float", "int", "literal_error")
+    return isinstance(fault["input"], Mapping) and fault["type"].removesuffix("_type") in others
 
 
 def _explain(faults: Sequence[Any]) -> list[str]:
@@ -186,7 +187,9 @@ _RULES = {
     "dict_type": "be a mapping",
     "model_type": "be a mapping of fields",
 }
-_UNION_TAGS = frozenset({"float", "int", "str", "SplitLayout", "constrained-int", "constrained-float"})
+_UNION_TAGS = frozenset(
+    {"float", "int", "str", "SplitLayout", "constrained-int", "constrained-float", "OptimizerSpec", "ScheduleSpec"}
+)
 
 
 def _without_tags(names: list[str]) -> list[str]:
