@@ -42,6 +42,13 @@ def train_to_the_end(tiny_model, rows):
             options["optimizer"] = variant
         if variant == "penalties":
             options |= {"l1": 0.3, "l2": 0.1, "l2_start": 0.2, "loss": {"r_drop": 1.0, "label_smoothing": 0.1}}
+        if variant == "movement":
+            options |= {"movement": {"sparsity": 0.5, "begin": 0.2, "end": 0.8}, "teacher": tiny_model(blocks=3)}
+        if variant == "soft movement":
+            options["movement"] = {"mode": "soft", "regularisation": 10.0, "threshold": 0.4, "score_learning_rate": 0.1}
+        if variant == "rounded":
+            prune(model, sparsity=0.3)
+            options["quantization_aware"] = {"scheme": "int8", "activations": True}
         if variant == "plateau":
             options |= {"schedule": {"name": "reduce_on_plateau", "factor": 0.3}, "evaluations_per_epoch": 4}
         if variant == "bfloat16":
@@ -72,7 +79,7 @@ def _stopping(acting, step):
 
 
 VARIANTS = ["plain", "random order", "gradual", "distilled", "pruned", "bfloat16"]
-VARIANTS += ["adam", "sgd", "adafactor", "penalties", "plateau"]
+VARIANTS += ["adam", "sgd", "adafactor", "penalties", "plateau", "movement", "soft movement", "rounded"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

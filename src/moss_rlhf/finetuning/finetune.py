@@ -22,20 +22,24 @@ from moss_rlhf.finetuning.companions import Companion, Companions, KeptZeros
 from moss_rlhf.finetuning.distillation import Teaching
 from moss_rlhf.finetuning.layers import LayerGroup, layer_groups, layer_learning_rates
 from moss_rlhf.finetuning.losses import LabelLoss, label_loss
+from moss_rlhf.finetuning.movement import MovementPruning
 from moss_rlhf.finetuning.objective import Objective
 from moss_rlhf.finetuning.options import (
     Distillation,
     EarlyStopping,
     Loss,
+    Movement,
     Optimizer,
     OptimizerName,
+    QuantizationAware,
     Schedule,
     named,
     option,
 )
+from moss_rlhf.finetuning.quantization_aware import Rounding
 from moss_rlhf.finetuning.regularisers import Lasso, Ridge, TowardsStart
 from moss_rlhf.finetuning.sampling import EpochSampler
-from moss_rlhf.finetuning.timetable import Thaw, Unfreeze
+from moss_rlhf.finetuning.timetable import Thaw, Timetable, Unfreeze
 from moss_rlhf.finetuning.trainer import (
     BEST,
     SAVE_EVERY_SECONDS,
@@ -87,6 +91,8 @@ def finetune(
     l2_start: float = 0.0,
     l1: float = 0.0,
     loss: Loss | Mapping[str, Any] | None = None,
+    movement: Movement | Mapping[str, Any] | None = None,
+    quantization_aware: QuantizationAware | Mapping[str, Any] | None = None,
     max_gradient_norm: float = 1.0,
     layer_decay: float = 1.0,
     unfreeze: Unfreeze = "all",
@@ -109,6 +115,8 @@ def finetune(
     weight_decay        of matrices and tables, as the optimizer has it: decoupled in adamw and adafactor.
     l2, l2_start, l1    strengths of the penalties of `regularisers.py`.
     loss                what is asked of the labels, such as {"label_smoothing": 0.1}; None: the task's own loss.
+    movement            prune while training, such as {"sparsity": 0.5}; the zeros are the model's when it is done.
+    quantization_aware  compute with rounded weights, such as {"scheme": "int8"}; they lie on the grid when it is done.
     early_stopping      {"patience": evaluations without a better metric before training stops}; None: never.
     teacher             a model whose answers are learned too.
     distill             how, such as {"temperature": 2.0, "weight": 0.7}; these without it.
@@ -134,11 +142,15 @@ def finetune(
         _check_teacher(model, teacher)
         if isinstance(task, TextClassification):
             train = _with_teacher(train, teacher, task, progress)
+    timetable = Thaw(rates, unfreeze, shaped(shape.name, shape.power, shape.decay), warmup, steps)
+    masks = list(_masks(model, movement, quantization_aware, timetable, steps))
+    if movement and l1:
+        raise RecipeError("finetune: movement and l1 both choose what becomes zero. Leave one of them out.")
     plan = Plan(
         groups=groups,
-        timetable=Thaw(rates, unfreeze, shaped(shape.name, shape.power, shape.decay), warmup, steps),
+        timetable=timetable,
         objective=Objective(task, _teaching(task, teacher, option(Distillation, distill, "distill")), labelled),
-        companions=Companions([*_penalties(model, groups, l2, l2_start, l1), *_companions(model)]),
+        companions=Companions([*_penalties(model, groups, l2, l2_start, l1), *_companions(model), *masks]),
         optimizer=option(Optimizer, named(optimizer), "optimizer") or Optimizer(),
         weight_decay=weight_decay,
         evaluate_at=evaluation_steps(steps_per_epoch, epochs, evaluations_per_epoch),
@@ -269,6 +281,26 @@ def _penalties(
         yield TowardsStart(groups, l2_start)
     if l1:
         yield Lasso(model, groups, l1)
+
+
+def _masks(
+    model: Model,
+    movement: Movement | Mapping[str, Any] | None,
+    rounding: QuantizationAware | Mapping[str, Any] | None,
+    timetable: Timetable,
+    steps: int,
+) -> Iterator[Companion]:
+    """What the forward pass sees of the weights: first what is pruned, then what rounding leaves of the rest."""
+    if pruned := option(Movement, movement, "movement"):
+        pruning = MovementPruning(model, pruned, steps)
+        if not all(timetable.trains(pruning.first)):
+            raise RecipeError(
+                f"finetune.movement.begin: {pruned.begin} of the steps is before all layers train, and scores of "
+                "frozen ones say nothing. Give a later begin (with unfreeze gradual at least 0.5)."
+            )
+        yield pruning
+    if rounded := option(QuantizationAware, rounding, "quantization_aware"):
+        yield Rounding(model.network, rounded)
 
 
 def _companions(model: Model) -> list[Companion]:

@@ -115,6 +115,68 @@ class Schedule:
                 _within(f"schedule.{field}", value, least < value < most, f"above {least} and below {most}")
 
 
+@dataclass(frozen=True)
+class QuantizationAware:
+    """Compute with weights rounded to a scheme's grid while they learn (`quantization_aware.py`).
+
+    group_size    int4: weights of a row that share a scale.
+    activations   int8: round what enters the matrices too, as the runtime does.
+    """
+
+    scheme: Literal["int8", "int4"] = "int8"
+    group_size: int = 128
+    activations: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("quantization_aware.scheme", self.scheme, ("int8", "int4"))
+        _within("quantization_aware.group_size", self.group_size, self.group_size >= 1, "at least 1")
+        if self.activations and self.scheme != "int8":
+            raise RecipeError("finetune.quantization_aware: activations are rounded by int8 alone. Leave them out.")
+
+
+@dataclass(frozen=True)
+class Movement:
+    """Prune what fine-tuning moves towards zero (`movement.py`).
+
+    sparsity         topv: share of every matrix that is zero at the end.
+    begin, end       shares of the steps between which it grows.
+    regularisation   soft: how strongly scores are driven down.
+    threshold        soft: a weight stays while the sigmoid of its score is above it; 0.1 if not given.
+    """
+
+    sparsity: float | None = None
+    mode: Literal["topv", "soft"] = "topv"
+    begin: float = 0.1
+    end: float = 0.7
+    score_learning_rate: float = 1e-2
+    regularisation: float | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("movement.mode", self.mode, ("topv", "soft"))
+        if self.sparsity is not None:
+            _within("movement.sparsity", self.sparsity, 0 < self.sparsity < 1, "above 0 and below 1")
+        _within(
+            "movement.begin", self.begin, 0 <= self.begin < self.end <= 1, "at least 0 and below end, end at most 1"
+        )
+        _within("movement.score_learning_rate", self.score_learning_rate, self.score_learning_rate > 0, "above 0")
+        if self.regularisation is not None:
+            _within("movement.regularisation", self.regularisation, self.regularisation > 0, "above 0")
+        if self.threshold is not None:
+            _within("movement.threshold", self.threshold, 0 < self.threshold < 1, "above 0 and below 1")
+        self._together()
+
+    def _together(self) -> None:
+        soft = self.mode == "soft"
+        if soft != (self.sparsity is None) or soft != (self.regularisation is not None):
+            raise RecipeError(
+                "finetune.movement: give sparsity with mode topv, and regularisation with mode soft, where the share "
+                "follows from it."
+            )
+        if self.threshold is not None and not soft:
+            raise RecipeError("finetune.movement.threshold: is for mode soft. Leave it out.")
+
+
 def _one_of(field: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise RecipeError(f"finetune.{field}: {value!r} is unknown; {nearest(str(value), known)}")

@@ -206,6 +206,18 @@ def quantized_tables(network: Any) -> tuple[Matrix, ...]:
     return tuple(Matrix(f"{names[id(module)]}.weight", module) for module in own.values())
 
 
+def scheme_grid(network: Any, scheme: str, group_size: int = 128) -> Grid:
+    """The grid of a scheme, as the runtime of the network's kind holds it (docs/quantize.md)."""
+    if scheme == "int4":
+        return integer_grid(4, group_size)
+    return INT8 if anatomy_of(network).family.kind == "encoder" else integer_grid(8)
+
+
+def scheme_matrices(network: Any, scheme: str) -> tuple[Matrix, ...]:
+    """What a scheme rounds: the blocks' matrices, and with int8 the embedding tables."""
+    return anatomy_of(network).matrices + (() if scheme == "int4" else quantized_tables(network))
+
+
 def quantized_weights(network: Any) -> dict[str, nn.Parameter]:
     """The named parameters that int8 quantizes: the matrices of the blocks, and the embedding tables.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import Matrix
 from moss_rlhf.model.checkpoint import Model
-from moss_rlhf.model.grid import INT8, Grid, integer_grid, quantized_tables, round_to_grid
+from moss_rlhf.model.grid import Grid, quantized_tables, round_to_grid, scheme_grid
 from moss_rlhf.model.processor import fast_int8, processor_flags
 from moss_rlhf.model.quantization import Quantization, Scheme
 from moss_rlhf.model.replay import InputStatistics, calibrate, visit_blocks
@@ -57,7 +57,7 @@ def quantize(
                        evenly, or options do not go together; nothing is changed then.
     """
     _refuse(model, scheme, method, activation_order, sparsity, train)
-    grid = grid_of(model, scheme, group_size)
+    grid = scheme_grid(model.network, scheme, group_size)
     _refuse_misfits(model, grid)
     progress = progress or Progress(quiet=True)
     solver = _Solver(model, grid, method, activation_order, sparsity)
@@ -79,13 +79,6 @@ def quantize(
     ranges = solver.ranges if scheme == "int8_static" else {}
     model.quantization = Quantization(scheme, group_size if scheme == "int4" else None, ranges)
     return _facts(solver.errors, scheme, method) | notes
-
-
-def grid_of(model: Model, scheme: str, group_size: int = 128) -> Grid:
-    """The grid of a scheme, as the runtime of the model's kind holds it (docs/quantize.md)."""
-    if scheme == "int4":
-        return integer_grid(4, group_size)
-    return INT8 if model.anatomy.family.kind == "encoder" else integer_grid(8)
 
 
 class _Solver:
