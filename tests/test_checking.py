@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from moss_rlhf.checking import check
-from moss_rlhf.errors import ModelError
+from moss_rlhf.errors import ModelError, RecipeError
 from moss_rlhf.model.anatomy import FAMILIES
 from moss_rlhf.model.cost import macs_per_token
 from moss_rlhf.optimization import narrow, shorten
@@ -124,3 +124,27 @@ def test_a_check_imports_no_torch(tiny_checkpoint, data, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("ok\n\n")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"loss": {"class_weights": {"positiv": 2}}},
+            r"stages\.0\.finetune\.loss\.class_weights: the data has no label",
+        ),
+        (
+            {"quantization_aware": {"scheme": "int4", "group_size": 7}},
+            r"stages\.0\.finetune\.quantization_aware\.group_size: 7 does not divide",
+        ),
+    ],
+)
+def test_options_of_fine_tuning_are_held_against_the_data_and_the_model(fields, words, tiny_checkpoint, data, tmp_path):
+    with pytest.raises(RecipeError, match=words):
+        check(_recipe(tiny_checkpoint("bert", LABELS), data, tmp_path / "run", [{"finetune": fields}]))
+
+
+def test_r_drop_is_foretold_to_cost_twice(tiny_checkpoint, data, tmp_path):
+    stages = [{"finetune": {"loss": {"r_drop": strength}}} for strength in (0, 1)]
+    once, twice = check(_recipe(tiny_checkpoint("bert", LABELS), data, tmp_path / "run", stages)).stages
+    assert 1.5 * once.flops < twice.flops < 2 * once.flops

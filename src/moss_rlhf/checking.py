@@ -167,19 +167,21 @@ def _shapes_after(
             )
         return shapes[: len(shapes) - spec.remove]
     if isinstance(spec, QuantizeSpec) and spec.scheme == "int4":
-        _check_groups(spec, shapes, config, field)
+        _check_groups(spec.group_size, shapes, config, field)
+    if isinstance(spec, FinetuneSpec) and spec.quantization_aware and spec.quantization_aware.scheme == "int4":
+        _check_groups(spec.quantization_aware.group_size, shapes, config, f"{field}.quantization_aware")
     return shapes
 
 
-def _check_groups(spec: QuantizeSpec, shapes: tuple[BlockShape, ...], config: dict[str, Any], field: str) -> None:
+def _check_groups(group_size: int, shapes: tuple[BlockShape, ...], config: dict[str, Any], field: str) -> None:
     """Groups must fill the rows of every matrix."""
     widths = {hidden_size(config)} | {
         width for shape in shapes for width in (shape.heads * head_size(config), shape.feed_forward)
     }
     for width in sorted(widths):
-        if width % spec.group_size:
+        if width % group_size:
             raise RecipeError(
-                f"{field}.group_size: {spec.group_size} does not divide rows of {width} weights. Give a divisor of "
+                f"{field}.group_size: {group_size} does not divide rows of {width} weights. Give a divisor of "
                 f"{', '.join(map(str, sorted(widths)))}."
             )
 

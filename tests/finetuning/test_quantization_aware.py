@@ -1,5 +1,7 @@
 """The forward pass sees the grid, the gradient passes straight through, and quantizing afterwards costs nothing."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -105,7 +107,7 @@ def test_it_loses_less_than_rounding_after_training(tiny_model, rows, monkeypatc
     """With 2 bits, where rounding hurts, after the same number of steps."""
     coarse = integer_grid(2, scale_bits=16)
     for place in ("moss_rlhf.finetuning.quantization_aware", "moss_rlhf.optimization.quantize"):
-        monkeypatch.setattr(f"{place}.scheme_grid", lambda *_: coarse)
+        monkeypatch.setattr(importlib.import_module(place), "scheme_grid", lambda *_: coarse)
     losses = {}
     for name, options in {"after": {}, "aware": {"quantization_aware": {"scheme": "int4"}}}.items():
         model = tiny_model()

@@ -21,6 +21,7 @@ ScheduleName = Literal[
     "warmup_stable_decay",
     "reduce_on_plateau",
 ]
+_ALL_TRAIN_FROM = 0.5  # of the steps of gradual unfreezing
 Strength = Annotated[float, Field(ge=0)]
 Below = Annotated[float, Field(ge=0, lt=1)]
 
@@ -97,6 +98,43 @@ class ScheduleSpec(Spec):
         return self
 
 
+class MovementSpec(Spec):
+    """Prune what fine-tuning moves towards zero."""
+
+    sparsity: Share | None = Field(None, description="topv: share of every matrix that is zero at the end")
+    mode: Literal["topv", "soft"] = Field("topv", description="soft: the share follows from the regularisation")
+    begin: float = Field(0.1, ge=0, lt=1, description="share of the steps after which pruning begins")
+    end: float = Field(0.7, gt=0, le=1, description="share of the steps after which the target is reached")
+    score_learning_rate: float = Field(1e-2, gt=0)
+    regularisation: Annotated[float, Field(gt=0)] | None = Field(None, description="soft: drives scores down")
+    threshold: Share | None = Field(None, description="soft: a weight stays above it; default 0.1")
+
+    @model_validator(mode="after")
+    def _together(self) -> MovementSpec:
+        soft = self.mode == "soft"
+        if self.begin >= self.end:
+            raise PydanticCustomError("nothing", "begin must be below end; give such as begin 0.1 and end 0.7")
+        if soft != (self.sparsity is None) or soft != (self.regularisation is not None):
+            raise PydanticCustomError("nothing", "give sparsity with mode topv, or regularisation with mode soft")
+        if self.threshold is not None and not soft:
+            raise PydanticCustomError("nothing", "threshold is for mode soft; leave it out")
+        return self
+
+
+class QuantizationAwareSpec(Spec):
+    """Compute with rounded weights while they learn."""
+
+    scheme: Literal["int8", "int4"] = "int8"
+    group_size: Positive = Field(128, description="int4: weights of a row that share a scale")
+    activations: bool = Field(False, description="int8: round what enters the matrices too")
+
+    @model_validator(mode="after")
+    def _together(self) -> QuantizationAwareSpec:
+        if self.activations and self.scheme != "int8":
+            raise PydanticCustomError("nothing", "activations are rounded by int8 alone; leave them out")
+        return self
+
+
 class FinetuneSpec(Spec):
     """Train on the task's labels; the best checkpoint on validation is kept."""
 
@@ -110,6 +148,8 @@ class FinetuneSpec(Spec):
     l2: Strength = Field(0.0, description="λ/2 Σ w² in the loss")
     l2_start: Strength = Field(0.0, description="λ/2 Σ (w − start)² in the loss, below the head")
     l1: Strength = Field(0.0, description="λ Σ |w|: weights of the blocks become exactly zero, and stay")
+    movement: MovementSpec | None = Field(None, description="prune while training")
+    quantization_aware: QuantizationAwareSpec | None = Field(None, description="round weights while they learn")
     loss: LossSpec | None = Field(None, description="default: the task's own, cross-entropy")
     max_gradient_norm: float = Field(1.0, gt=0)
     layer_decay: float = Field(1.0, gt=0, le=1, description="each layer's rate is that of the next above × this")
@@ -121,3 +161,15 @@ class FinetuneSpec(Spec):
         "auto", description="auto: bfloat16 autocast where the processor has it in hardware"
     )
     distill: DistillSpec | None = None
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> FinetuneSpec:
+        if self.movement and self.l1:
+            raise PydanticCustomError("nothing", "movement and l1 both choose what becomes zero; leave one of them out")
+        if self.movement and self.unfreeze == "gradual" and self.movement.begin < _ALL_TRAIN_FROM:
+            raise PydanticCustomError(
+                "nothing",
+                "with unfreeze gradual all layers train from half of the steps on, and frozen ones can't be scored; "
+                "give movement a begin of at least 0.5",
+            )
+        return self
