@@ -1,4 +1,6 @@
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +110,9 @@ def test_constants_are_those_of_the_name():
     assert shaped("polynomial", power=3.0)(2, 4, 0.0) == pytest.approx(1 / 8)
     assert shaped("warmup_stable_decay", decay=0.5)(3, 4, 0.0) == pytest.approx(1 / 2)
     assert shaped("cosine") is cosine
+
+
+def test_the_docs_show_the_schedules_as_they_are():
+    root = Path(__file__).parents[2]
+    drawing = runpy.run_path(str(root / "benchmarks" / "draw_schedules.py"))
+    assert (root / "docs" / "schedules.svg").read_text(encoding="utf-8") == drawing["picture"]()

@@ -56,7 +56,7 @@ class _Masked(torch.autograd.Function):
         return weight * kept
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         weight, kept = context.saved_tensors
         return gradient * kept, gradient * weight, None
 

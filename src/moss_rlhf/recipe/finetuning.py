@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -54,7 +55,7 @@ class LossSpec(Spec):
         return self
 
 
-def _owned(spec: Spec, name: str, owners: dict[str, tuple[str, ...]]) -> None:
+def _owned(spec: Spec, name: str, owners: Mapping[str, tuple[str, ...]]) -> None:
     """Refuse a constant that the named thing does not have."""
     for field, names in owners.items():
         if getattr(spec, field) is not None and name not in names:
