@@ -124,3 +124,11 @@ def test_groups_that_do_not_fill_a_row_are_refused(tiny_model, rows):
         finetune(tiny_model(), rows[:8], rows[:8], quantization_aware={"scheme": "int4", "group_size": 7})
     with pytest.raises(RecipeError, match="activations are rounded by int8 alone"):
         finetune(tiny_model(), rows[:8], rows[:8], quantization_aware={"scheme": "int4", "activations": True})
+
+
+def test_gptq_finds_the_weights_on_the_grid(tiny_model, rows):
+    model = tiny_model()
+    finetune(model, rows, rows, quantization_aware={"scheme": "int4", "group_size": 16}, **SETTINGS)
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    quantize(model, rows, scheme="int4", method="gptq", group_size=16)
+    assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
