@@ -26,7 +26,7 @@ from torch import Tensor
 
 import moss_rlhf
 from moss_rlhf.files import new_directory, write_json, write_text
-from moss_rlhf.finetuning.finetune import uses_bfloat16
+from moss_rlhf.finetuning.running import uses_bfloat16
 from moss_rlhf.progress import quiet_libraries
 
 VOCABULARY = 4096

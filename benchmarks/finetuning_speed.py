@@ -18,7 +18,7 @@ from common import keep, table
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 
 from moss_rlhf.finetuning import finetune
-from moss_rlhf.finetuning.finetune import uses_bfloat16
+from moss_rlhf.finetuning.running import uses_bfloat16
 from moss_rlhf.model.runtime import usable_cores
 from moss_rlhf.progress import quiet_libraries
 from moss_rlhf.tasks.loading import encoded, load

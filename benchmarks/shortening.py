@@ -19,7 +19,7 @@ from finetuning_speed import read_rows
 
 from moss_rlhf import load
 from moss_rlhf.finetuning import finetune
-from moss_rlhf.finetuning.finetune import uses_bfloat16
+from moss_rlhf.finetuning.running import uses_bfloat16
 from moss_rlhf.model.runtime import usable_cores
 from moss_rlhf.optimization.calibration import labelled_batches
 from moss_rlhf.optimization.shorten import How, Score, shorten

@@ -183,3 +183,27 @@ def test_a_forecast_knows_phases_and_the_cache(tiny_checkpoint, data, tmp_path):
     assert plain.memory_bytes == everything.memory_bytes > head.memory_bytes
     # spared: two epochs' backward through the blocks, twice a forward each; and with the cache one of their forwards
     assert (everything.flops - plain.flops) == pytest.approx(4 * (plain.flops - cached.flops), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"loss": {"class_weights": {"positiv": 2}}},
+            r"stages\.0\.finetune\.loss\.class_weights: the data has no label",
+        ),
+        (
+            {"quantization_aware": {"scheme": "int4", "group_size": 7}},
+            r"stages\.0\.finetune\.quantization_aware\.group_size: 7 does not divide",
+        ),
+    ],
+)
+def test_options_of_fine_tuning_are_held_against_the_data_and_the_model(fields, words, tiny_checkpoint, data, tmp_path):
+    with pytest.raises(RecipeError, match=words):
+        check(_recipe(tiny_checkpoint("bert", LABELS), data, tmp_path / "run", [{"finetune": fields}]))
+
+
+def test_r_drop_is_foretold_to_cost_twice(tiny_checkpoint, data, tmp_path):
+    stages = [{"finetune": {"loss": {"r_drop": strength}}} for strength in (0, 1)]
+    once, twice = check(_recipe(tiny_checkpoint("bert", LABELS), data, tmp_path / "run", stages)).stages
+    assert 1.5 * once.flops < twice.flops < 2 * once.flops

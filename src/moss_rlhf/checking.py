@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -255,19 +255,21 @@ def _shapes_after(
             )
         return shapes[: len(shapes) - spec.remove]
     if isinstance(spec, QuantizeSpec) and spec.scheme == "int4":
-        _check_groups(spec, shapes, config, field)
+        _check_groups(spec.group_size, shapes, config, field)
+    if isinstance(spec, FinetuneSpec) and spec.quantization_aware and spec.quantization_aware.scheme == "int4":
+        _check_groups(spec.quantization_aware.group_size, shapes, config, f"{field}.quantization_aware")
     return shapes
 
 
-def _check_groups(spec: QuantizeSpec, shapes: tuple[BlockShape, ...], config: dict[str, Any], field: str) -> None:
+def _check_groups(group_size: int, shapes: tuple[BlockShape, ...], config: dict[str, Any], field: str) -> None:
     """Groups must fill the rows of every matrix."""
     widths = {hidden_size(config)} | {
         width for shape in shapes for width in (shape.heads * head_size(config), shape.feed_forward)
     }
     for width in sorted(widths):
-        if width % spec.group_size:
+        if width % group_size:
             raise RecipeError(
-                f"{field}.group_size: {spec.group_size} does not divide rows of {width} weights. Give a divisor of "
+                f"{field}.group_size: {group_size} does not divide rows of {width} weights. Give a divisor of "
                 f"{', '.join(map(str, sorted(widths)))}."
             )
 
@@ -322,9 +324,11 @@ def _check_teacher(recipe: Recipe, index: int, teacher: str, config: dict[str, A
 
 
 def check_labels(recipe: Recipe, config: dict[str, Any], labels: Sequence[str]) -> None:
-    """A checkpoint of ours serves the labels it was trained for, and a teacher knows the same."""
+    """A checkpoint of ours serves the labels it was trained for, a teacher knows the same, and weights are for them."""
     for index, stage in enumerate(recipe.stages):
         spec = stage_spec(stage)
+        if isinstance(spec, FinetuneSpec) and spec.loss and isinstance(spec.loss.class_weights, dict):
+            _check_weights(spec.loss.class_weights, labels, f"stages.{index}.finetune.loss.class_weights")
         if isinstance(spec, FinetuneSpec) and spec.distill and spec.distill.teacher != "parent":
             taught = trained_labels(read_config(locate(spec.distill.teacher)))
             if taught is None or set(taught) != set(labels):
@@ -375,6 +379,12 @@ def trains_on_copies(augment: AugmentSpec | None, spec: object) -> bool:
     if augment is None or not isinstance(spec, FinetuneSpec):
         return False
     return augment.use == "always" or spec.distill is not None
+
+
+def _check_weights(weights: Mapping[str, float], labels: Sequence[str], field: str) -> None:
+    for label in weights:
+        if label not in labels:
+            raise RecipeError(f"{field}: the data has no label {label!r}; {nearest(label, labels)}")
 
 
 def check_output(recipe: Recipe, place: Path) -> None:
@@ -474,7 +484,8 @@ def _work(spec: object, state: _State, rows: dict[str, int], length: float, long
     memory = _LIBRARY_BYTES + 8 * state.parameters
     if isinstance(spec, FinetuneSpec):
         evaluations = spec.epochs * spec.evaluations_per_epoch * rows["validation"] * forward
-        training = _learning(spec, state, rows["train"], length) + evaluations
+        passes = 2 if spec.loss and spec.loss.r_drop else 1
+        training = passes * _learning(spec, state, rows["train"], length) + evaluations
         return training, _LIBRARY_BYTES + _learning_bytes(spec, state, rows["train"], longest)
     if isinstance(spec, NarrowSpec):
         return _TRAINING_COST * min(spec.rows, rows["train"]) * forward, memory
@@ -506,6 +517,7 @@ def _learning_bytes(spec: FinetuneSpec, state: _State, rows: int, longest: int) 
     """Peak bytes of training: what never trains has no gradient, no moments, and keeps nothing for the backward."""
     blocks = min(frozen_by_step(spec, group_names(state.shapes), -(-rows // spec.batch_size)))
     batch, hidden = spec.batch_size * longest, state.dimensions.hidden
+    batch *= 2 if spec.loss and spec.loss.r_drop else 1
     moving = state.parameters
     if blocks:
         above = sum(all_block_parameters(shape, state.dimensions) for shape in state.shapes[blocks:])

@@ -6,7 +6,7 @@ import torch
 import moss_rlhf
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import FAMILIES
-from moss_rlhf.model.grid import grid_of, quantized_tables, round_to_grid
+from moss_rlhf.model.grid import quantized_tables, round_to_grid, scheme_grid
 from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.loading import encoded
 
@@ -34,7 +34,7 @@ def test_every_weight_lies_on_the_grid_that_the_weights_alone_tell(family, optio
             moss_rlhf.quantize(model, rows_of(model.task), rows=8, **options)
         return
     moss_rlhf.quantize(model, rows_of(model.task), rows=8, **options)
-    grid = grid_of(model, options["scheme"], options.get("group_size", 128))
+    grid = scheme_grid(options["scheme"], options.get("group_size", 128))
     tables = quantized_tables(model.network) if options["scheme"] != "int4" else ()
     for matrix in (*model.anatomy.matrices, *tables):
         assert torch.equal(round_to_grid(matrix.weight, grid), matrix.weight), matrix.name

@@ -6,8 +6,9 @@ from safetensors.torch import load_file
 
 from moss_rlhf.errors import DataError, ModelError
 from moss_rlhf.finetuning import finetune
-from moss_rlhf.finetuning.finetune import evaluate_loss, evaluation_steps
+from moss_rlhf.finetuning.finetune import evaluate_loss
 from moss_rlhf.finetuning.layers import layer_groups
+from moss_rlhf.finetuning.running import evaluation_steps
 from moss_rlhf.finetuning.trainer import LayerwiseTrainer
 from moss_rlhf.optimization import prune, quantize
 from moss_rlhf.strategy import lowest_trained

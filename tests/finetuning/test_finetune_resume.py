@@ -21,7 +21,7 @@ SETTINGS = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "precision": "f
 @pytest.fixture(autouse=True)
 def sparse_log(monkeypatch):
     """The loss is logged every third step, so that checkpoints fall between two logged points, as in long trainings."""
-    monkeypatch.setattr(importlib.import_module("moss_rlhf.finetuning.finetune"), "_LOGGED_POINTS", 2.5)
+    monkeypatch.setattr(importlib.import_module("moss_rlhf.finetuning.running"), "_LOGGED_POINTS", 2.5)
 
 
 @pytest.fixture
@@ -38,6 +38,19 @@ def train_to_the_end(tiny_model, rows):
             options |= {"unfreeze": "gradual", "layer_decay": 0.8, "schedule": "slanted_triangular"}
         if variant == "random order":
             options["length_bucketing"] = False
+        if variant in ("adam", "sgd", "adafactor"):
+            options["optimizer"] = variant
+        if variant == "penalties":
+            options |= {"l1": 0.3, "l2": 0.1, "l2_start": 0.2, "loss": {"r_drop": 1.0, "label_smoothing": 0.1}}
+        if variant == "movement":
+            options |= {"movement": {"sparsity": 0.5, "begin": 0.2, "end": 0.8}, "teacher": tiny_model(blocks=3)}
+        if variant == "soft movement":
+            options["movement"] = {"mode": "soft", "regularisation": 10.0, "threshold": 0.4, "score_learning_rate": 0.1}
+        if variant == "rounded":
+            prune(model, sparsity=0.3)
+            options["quantization_aware"] = {"scheme": "int8", "activations": True}
+        if variant == "plateau":
+            options |= {"schedule": {"name": "reduce_on_plateau", "factor": 0.3}, "evaluations_per_epoch": 4}
         if variant == "bfloat16":
             options["precision"] = "bfloat16"
         result = finetune(
@@ -65,7 +78,11 @@ def _stopping(acting, step):
     return acting(act)
 
 
-@pytest.mark.parametrize("variant", ["plain", "random order", "gradual", "distilled", "pruned", "bfloat16"])
+VARIANTS = ["plain", "random order", "gradual", "distilled", "pruned", "bfloat16"]
+VARIANTS += ["adam", "sgd", "adafactor", "penalties", "plateau", "movement", "soft movement", "rounded"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_resumed_is_never_stopped(variant, train_to_the_end, acting, tmp_path):
     """Stopped twice: in the middle of the first epoch, and right after its end."""
     for step in (3, 6):

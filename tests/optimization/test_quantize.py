@@ -4,7 +4,7 @@ import torch
 from moss_rlhf import quantize
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import FAMILIES
-from moss_rlhf.model.grid import grid_of, quantized_tables, quantized_weights, round_to_grid
+from moss_rlhf.model.grid import quantized_tables, quantized_weights, round_to_grid, scheme_grid
 from moss_rlhf.model.quantization import Quantization
 
 
@@ -12,7 +12,7 @@ from moss_rlhf.model.quantization import Quantization
 def test_blocks_and_tables_lie_on_the_grid_and_the_rest_is_untouched(tiny_model, family):
     model, whole = tiny_model(family), tiny_model(family)
     facts = quantize(model)
-    chosen, grid = quantized_weights(model.network), grid_of(model, "int8")
+    chosen, grid = quantized_weights(model.network), scheme_grid("int8")
     old = {matrix.name: matrix.weight for matrix in (*whole.anatomy.matrices, *quantized_tables(whole.network))}
     for matrix in (*model.anatomy.matrices, *quantized_tables(model.network)):
         assert torch.equal(matrix.weight, round_to_grid(old[matrix.name], grid)), matrix.name

@@ -174,3 +174,55 @@ def test_every_default_in_the_schema_is_itself_valid():
     for spec in [root, *root["$defs"].values()]:
         for name, field in spec.get("properties", {}).items():
             assert "default" not in field or fits(field["default"], field, root), name
+
+
+def _finetune(**fields):
+    return make_recipe(FULL | {"stages": [{"finetune": fields}]}).stages[0].finetune
+
+
+def test_options_of_fine_tuning_from_a_recipe():
+    spec = _finetune(
+        loss={"label_smoothing": "0.1", "class_weights": {1: 2}, "r_drop": 1},
+        optimizer={"name": "sgd", "momentum": 0.5},
+        schedule={"name": "polynomial", "power": 3},
+        l1="1e-4",
+    )
+    assert spec.loss.class_weights == {"1": 2.0}
+    assert (spec.optimizer.momentum, spec.schedule.power, spec.l1) == (0.5, 3.0, 1e-4)
+    assert _finetune(optimizer="adam", schedule="cosine").optimizer == "adam"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"optimizer": "adan"}, "optimizer: 'adan' can't be used; it must be 'adamw', 'adam', 'sgd' or 'adafactor'"),
+        ({"optimizer": {"name": "adamw", "momentum": 0.9}}, "finetune.optimizer: momentum is for sgd, not adamw"),
+        ({"optimizer": {"nam": "sgd"}}, "finetune.optimizer: unknown field 'nam'; did you mean 'name'"),
+        ({"schedule": {"name": "linear", "power": 2}}, "finetune.schedule: power is for polynomial, not linear"),
+        ({"schedule": {"name": "polynomial", "power": 0}}, "finetune.schedule.power: 0 can't be used"),
+        ({"loss": {"gamma": 1, "kind": "mean_squared_error"}}, "finetune.loss: gamma is the focal loss's"),
+        ({"loss": {"class_weights": {"a": 0}}}, "finetune.loss.class_weights.a: 0 can't be used"),
+        ({"loss": {"label_smoothing": 1}}, "finetune.loss.label_smoothing: 1 can't be used"),
+        ({"movement": {}}, "finetune.movement: give sparsity with mode topv"),
+        ({"movement": {"sparsity": 0.5, "begin": 0.9}}, "finetune.movement: begin must be below end"),
+        ({"movement": {"sparsity": 0.5}, "l1": 0.1}, "finetune: movement and l1 both choose"),
+        ({"movement": {"sparsity": 0.5}, "unfreeze": "gradual"}, "a begin of at least 0.5"),
+        ({"quantization_aware": {"scheme": "int4", "activations": True}}, "rounded by int8 alone"),
+    ],
+)
+def test_options_that_can_not_be_met_are_refused_at_their_place(fields, words):
+    with pytest.raises(RecipeError) as caught:
+        _finetune(**fields)
+    assert words in str(caught.value)
+
+
+def test_what_is_trained_for_a_grid_is_quantized_to_it():
+    def stages(trained, **quantized):
+        return make_recipe(FULL | {"stages": [{"finetune": {"quantization_aware": trained}}, {"quantize": quantized}]})
+
+    assert stages({}, scheme="int8_static")
+    assert stages({"scheme": "int4", "group_size": 32}, scheme="int4", group_size=32)
+    with pytest.raises(RecipeError, match="stage 0 trains for int8, and stage 1 quantizes to int4 on another grid"):
+        stages({}, scheme="int4")
+    with pytest.raises(RecipeError, match="another grid"):
+        stages({"scheme": "int4", "group_size": 32}, scheme="int4")

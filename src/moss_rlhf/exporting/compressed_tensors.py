@@ -25,7 +25,7 @@ from moss_rlhf.files import new_directory, read_json, write_json
 from moss_rlhf.model.anatomy import Matrix
 from moss_rlhf.model.checkpoint import Model, declare_sizes
 from moss_rlhf.model.config import KEY
-from moss_rlhf.model.grid import Grid, grid_codes, grid_of, grid_parameters
+from moss_rlhf.model.grid import Grid, grid_codes, grid_parameters, scheme_grid
 from moss_rlhf.model.locate import read_header, weight_bytes, weight_files
 from moss_rlhf.model.quantization import Quantization
 from moss_rlhf.model.runtime import Batch, TorchRuntime
@@ -157,7 +157,7 @@ def _entries(model: Model, declared: Quantization) -> Iterator[tuple[str, Tensor
         if id(tensor) not in matrices:
             yield name, tensor.detach().cpu()
             continue
-        for part, value in _compressed(matrices[id(tensor)], grid_of(model, declared.scheme, declared.group_size)):
+        for part, value in _compressed(matrices[id(tensor)], scheme_grid(declared.scheme, declared.group_size)):
             yield f"{name.removesuffix('weight')}{part}", value
 
 

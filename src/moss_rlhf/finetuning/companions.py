@@ -36,6 +36,11 @@ class Companion:
     name = "companion"
     alters_forward = False  # whether the network computes something else inside `around` than outside of it
 
+    @property
+    def settled(self) -> int:
+        """The step from which evaluations may win: what is measured before is not yet what was asked for."""
+        return 0
+
     def extras(self) -> Sequence[Extra]:
         """Parameters of its own."""
         return ()
@@ -69,6 +74,9 @@ class Companion:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take `state` back."""
 
+    def leave(self) -> None:
+        """The last step is done, or training broke off: take away what was put into the network."""
+
     def finish(self) -> dict[str, Any]:
         """After the last step, the network holding its best weights: the facts to report."""
         return {}
@@ -95,6 +103,10 @@ class Companions:
 
     def __init__(self, members: Sequence[Companion]) -> None:
         self.members = tuple(members)
+
+    @property
+    def settled(self) -> int:
+        return max((member.settled for member in self.members), default=0)
 
     def extras(self) -> list[Extra]:
         return [extra for member in self.members for extra in member.extras()]
@@ -143,6 +155,10 @@ class Companions:
         for member in self.members:
             start = f"{member.name}."
             member.restore({key.removeprefix(start): value for key, value in state.items() if key.startswith(start)})
+
+    def leave(self) -> None:
+        for member in self.members:
+            member.leave()
 
     def finish(self) -> dict[str, Any]:
         return {key: value for member in self.members for key, value in member.finish().items()}

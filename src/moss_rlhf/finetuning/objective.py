@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moss_rlhf.finetuning.distillation import Teaching
+from moss_rlhf.finetuning.losses import LabelLoss, disagreement
 from moss_rlhf.tasks import Task
 
 
@@ -31,14 +33,35 @@ class Objective:
 
     task       whose loss the labels have.
     teaching   what is learned from a teacher beside it.
+    labelled   what is asked of the labels instead of the task's own loss. With its `r_drop` α each batch passes twice,
+               and the loss is half of Liang et al.'s eq. 4 (arXiv:2106.14448): the mean of both passes' losses and
+               α/2 of their disagreement.
     """
 
-    def __init__(self, task: Task, teaching: Teaching | None = None) -> None:
-        self.task, self.teaching = task, teaching
+    def __init__(self, task: Task, teaching: Teaching | None = None, labelled: LabelLoss | None = None) -> None:
+        self.task, self.teaching, self.labelled = task, teaching, labelled
+
+    @property
+    def agreement(self) -> float:
+        """α of R-Drop."""
+        return self.labelled.options.r_drop if self.labelled else 0.0
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes a batch."""
+        return 2 if self.agreement else 1
 
     def __call__(self, network: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        passed = self._forward(network, batch)
-        loss = self.task.loss(passed.outputs.logits, batch["labels"])
+        passed = [self._forward(network, batch) for _ in range(self.passes)]
+        loss = torch.stack([self._loss(one) for one in passed]).mean()
+        if not self.agreement:
+            return loss
+        answers = [self.task.at_targets(one.outputs.logits, batch["labels"]) for one in passed]
+        return loss + self.agreement / 2 * disagreement(*answers)
+
+    def _loss(self, passed: Pass) -> Tensor:
+        labelled = self.labelled or self.task.loss
+        loss = labelled(passed.outputs.logits, passed.batch["labels"])
         return loss if self.teaching is None else self.teaching.mixed(loss, passed)
 
     def _forward(self, network: Any, batch: Mapping[str, Tensor]) -> Pass:

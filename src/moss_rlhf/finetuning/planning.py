@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from moss_rlhf.errors import ModelError, RecipeError, nearest
 from moss_rlhf.finetuning.layers import damage_multipliers, damage_order, layer_learning_rates
-from moss_rlhf.finetuning.options import Phase, ScheduleName, option
+from moss_rlhf.finetuning.options import Phase, option
 from moss_rlhf.finetuning.timetable import Phases, Stretch, Thaw, Timetable, head_first
 from moss_rlhf.model.damage import block_damage
-from moss_rlhf.strategy import SCHEDULES, Unfreeze
+from moss_rlhf.strategy import SCHEDULES, Schedule, Unfreeze, shaped
 
 Layers = Literal["by_depth", "by_damage"]
 EPOCHS = 3  # where neither `epochs` nor `phases` says otherwise
@@ -96,7 +96,7 @@ def timetable_of(
     steps: int,
     steps_per_epoch: int,
     learning_rate: float,
-    schedule: ScheduleName,
+    schedule: Schedule,
     warmup: float,
     layer_decay: float,
     damage: Sequence[float] | None,
@@ -120,7 +120,7 @@ def timetable_of(
         moving = groups if phase.train == "all" else phase.train
         return Stretch(
             tuple(rate if name in moving else 0.0 for name, rate in zip(groups, highest, strict=True)),
-            SCHEDULES[phase.schedule or schedule],
+            shaped(phase.schedule) if phase.schedule else schedule,
             warmup if phase.warmup is None else phase.warmup,
             phase.epochs * steps_per_epoch,
         )
@@ -129,6 +129,6 @@ def timetable_of(
         return Phases(tuple(stretch(phase) for phase in phases))
     usual = rates(learning_rate, layer_decay)
     if unfreeze == "head_first":
-        return head_first(usual, SCHEDULES[schedule], warmup, steps)
+        return head_first(usual, schedule, warmup, steps)
     order = damage_order(damage) if damage is not None else ()
-    return Thaw(usual, unfreeze, SCHEDULES[schedule], warmup, steps, order)
+    return Thaw(usual, unfreeze, schedule, warmup, steps, order)

@@ -17,7 +17,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,13 +37,14 @@ from moss_rlhf.finetuning.averaging import keep_for_average, steps_to_average
 from moss_rlhf.finetuning.companions import Companions
 from moss_rlhf.finetuning.layers import LayerGroup
 from moss_rlhf.finetuning.objective import Objective
-from moss_rlhf.finetuning.options import Averaging
+from moss_rlhf.finetuning.optimizers import make_optimizer
+from moss_rlhf.finetuning.options import Averaging, Optimizer
 from moss_rlhf.finetuning.pieces import Pieces, in_pieces
 from moss_rlhf.finetuning.sampling import EpochBatches
 from moss_rlhf.finetuning.timetable import Timetable
 from moss_rlhf.model.cost import Dimensions, training_flops
 from moss_rlhf.progress import Bar, Progress
-from moss_rlhf.strategy import Judge
+from moss_rlhf.strategy import Judge, reductions
 
 SAVE_EVERY_SECONDS = 60.0
 BEST = "best.safetensors"
@@ -60,6 +61,7 @@ class Plan:
     timetable: Timetable
     objective: Objective
     companions: Companions
+    optimizer: Optimizer
     weight_decay: float
     evaluate_at: frozenset[int]  # steps
     steps: int
@@ -67,6 +69,21 @@ class Plan:
     patience: int | None
     average: Averaging | None
     dimensions: Dimensions
+    plateau: Plateau | None = None
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Rates are multiplied by `factor` after every `patience` evaluations in a row without a better one."""
+
+    factor: float
+    patience: int
+
+    def multiplier(self, step: int, log: Sequence[Mapping[str, float]], judge: Judge) -> float:
+        """At a step, of what was evaluated before it: so a resumed run has the rates of one never stopped."""
+        seen = [entry for entry in log if judge.sees(entry) and entry["step"] < step]
+        values = [(entry[f"eval_{judge.metric}"], entry["eval_loss"]) for entry in seen]
+        return self.factor ** reductions(values, self.patience, judge.lower_is_better)
 
 
 class LayerwiseTrainer(Trainer):
@@ -103,8 +120,7 @@ class LayerwiseTrainer(Trainer):
         return prepared
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        # fused: one pass over weights, gradients and moments instead of a dozen
-        self.optimizer = torch.optim.AdamW(list(self._parameter_groups()), fused=True)
+        self.optimizer = make_optimizer(self.plan.optimizer, self._parameter_groups())
         return self.optimizer
 
     def _parameter_groups(self) -> Iterator[dict[str, Any]]:
@@ -118,11 +134,15 @@ class LayerwiseTrainer(Trainer):
             yield {"params": [extra.parameter], "lr": extra.learning_rate, "weight_decay": extra.weight_decay}
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        table, groups = self.plan.timetable, len(self.plan.groups)
-        layers = [partial(table.multiplier, group=group) for group in range(groups) for _ in range(2)]
-        extras = [partial(table.multiplier, group=groups - 1)] * len(self.plan.companions.extras())
+        groups = len(self.plan.groups)
+        layers = [partial(self._multiplier, group) for group in range(groups) for _ in range(2)]
+        extras = [partial(self._multiplier, groups - 1)] * len(self.plan.companions.extras())
         self.lr_scheduler = LambdaLR(self.optimizer, [*layers, *extras])
         return self.lr_scheduler
+
+    def _multiplier(self, group: int, step: int) -> float:
+        share, plateau = self.plan.timetable.multiplier(step, group), self.plan.plateau
+        return share * plateau.multiplier(step, self.state.log_history, self.plan.judge) if plateau else share
 
     @property
     def rates(self) -> list[float]:
@@ -164,8 +184,8 @@ class LayerwiseTrainer(Trainer):
     def floating_point_ops(self, inputs: Mapping[str, Tensor]) -> float:
         rows, length = inputs["input_ids"].shape
         lowest = self.plan.timetable.trains(self.state.global_step).index(True)
-        trained = training_flops(self.plan.dimensions, length, rows * length, max(0, lowest - 1))
-        return trained + self.plan.companions.flops(length, rows * length)
+        once = training_flops(self.plan.dimensions, length, rows * length, max(0, lowest - 1))
+        return once * self.plan.objective.passes + self.plan.companions.flops(length, rows * length)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         with self.plan.companions.as_shipped():

@@ -23,10 +23,10 @@ ends of a group unreached: then the scales are stored beside the weight (`grid_c
 the ends are held in place (gptq's `keep_largest`).
 
 How runtimes say it: compressed-tensors stores b-bit codes as −2ᵇ⁻¹ … 2ᵇ⁻¹ − 1, which hold −L … L as they are, and
-0 … L with 2ᵇ⁻¹ taken off codes and zeros alike. CTranslate2 finds its own int8 codes, round(weight · 127 / max|row|):
-those of `integer_grid(8)`.
+0 … L with 2ᵇ⁻¹ taken off codes and zeros alike. CTranslate2's converter finds its own int8 codes, round(weight · 127 /
+max|row|); the export shrinks them to ours.
 
-`INT8`, the grid of the ONNX export, has codes −64 … 64. Why not 127: processors without VNNI add pairs of products of
+`INT8`, the grid of every int8 export, has codes −64 … 64. Why not 127: processors without VNNI add pairs of products of
 an unsigned activation and a signed weight in 16 bits, and saturate silently; 2 · 255 · 64 < 2¹⁵ fits, so the file
 gives the same sums on every processor (measured in docs/LOG.md). A group so small that float32 has no bits left for
 its scale (below 1e-38) becomes zeros.
@@ -97,10 +97,9 @@ def integer_grid(bits: int, group_size: int | None = None, *, symmetric: bool = 
     return Grid(-highest if symmetric else 0, highest, size, scale_bits)
 
 
-def grid_of(model: Any, scheme: str, group_size: int | None = 128) -> Grid:
-    """The grid of a scheme, as the runtime of the model's kind holds it (docs/quantize.md).
+def scheme_grid(scheme: str, group_size: int | None = 128) -> Grid:
+    """The grid of a scheme, as the runtimes hold it (docs/quantize.md).
 
-    model        a Model, of which the kind counts.
     group_size   int4: weights of a row that share a scale.
     """
     if scheme == "int4":
@@ -215,6 +214,11 @@ def quantized_tables(network: Any) -> tuple[Matrix, ...]:
     names = {id(module): name for name, module in network.named_modules()}
     own = {id(module.weight): module for module in reversed(found) if module is not None}  # tied ones once
     return tuple(Matrix(f"{names[id(module)]}.weight", module) for module in own.values())
+
+
+def scheme_matrices(network: Any, scheme: str) -> tuple[Matrix, ...]:
+    """What a scheme rounds: the blocks' matrices, and with int8 the embedding tables."""
+    return anatomy_of(network).matrices + (() if scheme == "int4" else quantized_tables(network))
 
 
 def quantized_weights(network: Any) -> dict[str, nn.Parameter]:

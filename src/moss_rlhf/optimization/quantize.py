@@ -15,7 +15,7 @@ from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import Matrix
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.damage import after_pruning, after_rounding
-from moss_rlhf.model.grid import Grid, grid_of, quantized_tables, round_to_grid
+from moss_rlhf.model.grid import Grid, quantized_tables, round_to_grid, scheme_grid
 from moss_rlhf.model.processor import fast_int8, processor_flags
 from moss_rlhf.model.quantization import Quantization, Scheme
 from moss_rlhf.model.replay import Batch, InputStatistics, calibrate, visit_blocks
@@ -68,7 +68,7 @@ def quantize(
                        is not finite; DataError where there are no rows.
     """
     _refuse(model, scheme, method, smooth, activation_order, sparsity, train)
-    grid = grid_of(model, scheme, group_size)
+    grid = scheme_grid(scheme, group_size)
     _refuse_misfits(model, grid)
     progress, notes = progress or Progress(quiet=True), dict[str, object]()
     batches: list[Batch] = []

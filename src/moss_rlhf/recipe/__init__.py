@@ -3,7 +3,18 @@
 from moss_rlhf.recipe.augment import RATES, AugmentSpec, BackTranslationSpec, MaskedLMSpec
 from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
 from moss_rlhf.recipe.data import DataSpec, SplitLayout
-from moss_rlhf.recipe.finetuning import CacheSpec, DistillSpec, EarlyStoppingSpec, FinetuneSpec, PhaseSpec
+from moss_rlhf.recipe.finetuning import (
+    CacheSpec,
+    DistillSpec,
+    EarlyStoppingSpec,
+    FinetuneSpec,
+    LossSpec,
+    MovementSpec,
+    OptimizerSpec,
+    PhaseSpec,
+    QuantizationAwareSpec,
+    ScheduleSpec,
+)
 from moss_rlhf.recipe.reading import (
     apply_override,
     make_recipe,
@@ -27,13 +38,18 @@ __all__ = [
     "EarlyStoppingSpec",
     "EvaluateSpec",
     "FinetuneSpec",
+    "LossSpec",
     "MaskedLMSpec",
+    "MovementSpec",
     "NarrowSpec",
+    "OptimizerSpec",
     "PhaseSpec",
     "PruneSpec",
+    "QuantizationAwareSpec",
     "QuantizeSpec",
     "RangeSpec",
     "Recipe",
+    "ScheduleSpec",
     "SearchSpec",
     "SensitivitySpec",
     "ShortenSpec",

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from moss_rlhf.recipe.spec import Positive, Spec
+from moss_rlhf.recipe.spec import Name, Positive, Share, Spec
 
-ScheduleName = Literal["linear", "slanted_triangular", "constant"]
+OptimizerName = Literal["adamw", "adam", "sgd", "adafactor"]
+ScheduleName = Literal[
+    "constant",
+    "linear",
+    "cosine",
+    "polynomial",
+    "inverse_sqrt",
+    "slanted_triangular",
+    "one_cycle",
+    "warmup_stable_decay",
+    "reduce_on_plateau",
+]
+_ALL_TRAIN_FROM = 0.5  # of the steps of gradual unfreezing
+Strength = Annotated[float, Field(ge=0)]
+Below = Annotated[float, Field(ge=0, lt=1)]
 
 
 class EarlyStoppingSpec(Spec):
@@ -59,15 +74,121 @@ class CacheSpec(Spec):
     required: bool = Field(False, description="an error where it can't be had")
 
 
+class LossSpec(Spec):
+    """What is asked of the labels."""
+
+    kind: Literal["cross_entropy", "mean_squared_error"] = "cross_entropy"
+    label_smoothing: Below = 0.0
+    class_weights: Literal["balanced"] | dict[Name, Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="balanced: rare classes weigh more; or {label: weight}, other labels weigh 1"
+    )
+    gamma: Strength = Field(0.0, description="of the focal loss: rows that are known already count less")
+    r_drop: Strength = Field(0.0, description="two passes with different dropout are to agree; costs twice as much")
+
+    @model_validator(mode="after")
+    def _together(self) -> LossSpec:
+        if self.gamma and self.kind != "cross_entropy":
+            raise PydanticCustomError("nothing", "gamma is the focal loss's, of kind cross_entropy; leave one out")
+        return self
+
+
+def _owned(spec: Spec, name: str, owners: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse a constant that the named thing does not have."""
+    for field, names in owners.items():
+        if getattr(spec, field) is not None and name not in names:
+            raise PydanticCustomError(
+                "nothing",
+                "{field} is for {names}, not {name}; leave it out",
+                {"field": field, "names": " and ".join(names), "name": name},
+            )
+
+
+class OptimizerSpec(Spec):
+    """An optimizer with its constants."""
+
+    name: OptimizerName = "adamw"
+    momentum: Below | None = Field(None, description="sgd; default 0.9")
+    betas: tuple[Below, Below] | None = Field(None, description="adamw and adam; default 0.9 and 0.999")
+    epsilon: Annotated[float, Field(gt=0)] | None = Field(None, description="adamw and adam; default 1e-8")
+
+    @model_validator(mode="after")
+    def _its_own(self) -> OptimizerSpec:
+        _owned(self, self.name, {"momentum": ("sgd",), "betas": ("adamw", "adam"), "epsilon": ("adamw", "adam")})
+        return self
+
+
+class ScheduleSpec(Spec):
+    """A schedule with its constants."""
+
+    name: ScheduleName = "linear"
+    power: Annotated[float, Field(gt=0, lt=100)] | None = Field(None, description="polynomial; default 2")
+    decay: Share | None = Field(None, description="warmup_stable_decay: share of the steps that fall; default 0.2")
+    factor: Share | None = Field(None, description="reduce_on_plateau: the rate is multiplied by it; default 0.5")
+    patience: Positive | None = Field(
+        None, description="reduce_on_plateau: evaluations without a better one before it is; default 1"
+    )
+
+    @model_validator(mode="after")
+    def _its_own(self) -> ScheduleSpec:
+        plateau = ("reduce_on_plateau",)
+        owners = {"power": ("polynomial",), "decay": ("warmup_stable_decay",), "factor": plateau, "patience": plateau}
+        _owned(self, self.name, owners)
+        return self
+
+
+class MovementSpec(Spec):
+    """Prune what fine-tuning moves towards zero."""
+
+    sparsity: Share | None = Field(None, description="topv: share of every matrix that is zero at the end")
+    mode: Literal["topv", "soft"] = Field("topv", description="soft: the share follows from the regularisation")
+    begin: float = Field(0.1, ge=0, lt=1, description="share of the steps after which pruning begins")
+    end: float = Field(0.7, gt=0, le=1, description="share of the steps after which the target is reached")
+    score_learning_rate: float = Field(1e-2, gt=0)
+    regularisation: Annotated[float, Field(gt=0)] | None = Field(None, description="soft: drives scores down")
+    threshold: Share | None = Field(None, description="soft: a weight stays above it; default 0.1")
+
+    @model_validator(mode="after")
+    def _together(self) -> MovementSpec:
+        soft = self.mode == "soft"
+        if self.begin >= self.end:
+            raise PydanticCustomError("nothing", "begin must be below end; give such as begin 0.1 and end 0.7")
+        if soft != (self.sparsity is None) or soft != (self.regularisation is not None):
+            raise PydanticCustomError("nothing", "give sparsity with mode topv, or regularisation with mode soft")
+        if self.threshold is not None and not soft:
+            raise PydanticCustomError("nothing", "threshold is for mode soft; leave it out")
+        return self
+
+
+class QuantizationAwareSpec(Spec):
+    """Compute with rounded weights while they learn."""
+
+    scheme: Literal["int8", "int4"] = "int8"
+    group_size: Positive = Field(128, description="int4: weights of a row that share a scale")
+    activations: bool = Field(False, description="int8: round what enters the matrices too")
+
+    @model_validator(mode="after")
+    def _together(self) -> QuantizationAwareSpec:
+        if self.activations and self.scheme != "int8":
+            raise PydanticCustomError("nothing", "activations are rounded by int8 alone; leave them out")
+        return self
+
+
 class FinetuneSpec(Spec):
     """Train on the task's labels; the best checkpoint on validation is kept."""
 
     epochs: Positive = Field(3, description="with phases: their sum")
     learning_rate: float = Field(5e-5, gt=0, lt=1)
     batch_size: Positive = 32
-    schedule: ScheduleName = "linear"
+    schedule: ScheduleName | ScheduleSpec = Field("linear", description="a name, or a mapping with its constants")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled (AdamW)")
+    optimizer: OptimizerName | OptimizerSpec = Field("adamw", description="a name, or a mapping with its constants")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled in adamw and adafactor; in adam and sgd coupled")
+    l2: Strength = Field(0.0, description="λ/2 Σ w² in the loss")
+    l2_start: Strength = Field(0.0, description="λ/2 Σ (w − start)² in the loss, below the head")
+    l1: Strength = Field(0.0, description="λ Σ |w|: weights of the blocks become exactly zero, and stay")
+    movement: MovementSpec | None = Field(None, description="prune while training")
+    quantization_aware: QuantizationAwareSpec | None = Field(None, description="round weights while they learn")
+    loss: LossSpec | None = Field(None, description="default: the task's own, cross-entropy")
     max_gradient_norm: float = Field(1.0, gt=0)
     layer_decay: float = Field(1.0, gt=0, le=1, description="each layer's rate is that of the next above × this")
     unfreeze: Literal["all", "gradual", "head_first"] = Field(
@@ -133,5 +254,17 @@ class FinetuneSpec(Spec):
         if self.layers == "by_damage" and decays:
             raise PydanticCustomError(
                 "phases", "layers: by_damage and layer_decay both set the rates of layers; give one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> FinetuneSpec:
+        if self.movement and self.l1:
+            raise PydanticCustomError("nothing", "movement and l1 both choose what becomes zero; leave one of them out")
+        if self.movement and self.unfreeze == "gradual" and self.movement.begin < _ALL_TRAIN_FROM:
+            raise PydanticCustomError(
+                "nothing",
+                "with unfreeze gradual all layers train from half of the steps on, and frozen ones can't be scored; "
+                "give movement a begin of at least 0.5",
             )
         return self

@@ -218,7 +218,12 @@ _RULES = {
     "dict_type": "be a mapping",
     "model_type": "be a mapping of fields",
 }
-_UNION_TAGS = frozenset({"float", "int", "str", "SplitLayout", "CacheSpec", "constrained-int", "constrained-float"})
+_UNION_TAGS = frozenset(
+    {
+        *("float", "int", "str", "constrained-int", "constrained-float"),
+        *("SplitLayout", "CacheSpec", "OptimizerSpec", "ScheduleSpec"),
+    }
+)
 
 
 def _without_tags(names: list[str]) -> list[str]:

@@ -11,10 +11,12 @@ from typing import Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from moss_rlhf.recipe.compression import QuantizeSpec
 from moss_rlhf.recipe.data import DataSpec
+from moss_rlhf.recipe.finetuning import FinetuneSpec, QuantizationAwareSpec
 from moss_rlhf.recipe.search import SearchSpec
 from moss_rlhf.recipe.spec import Positive, Spec
-from moss_rlhf.recipe.stages import Stage, allow_short_forms, stage_kind
+from moss_rlhf.recipe.stages import Stage, allow_short_forms, stage_kind, stage_spec
 
 
 class EvaluateSpec(Spec):
@@ -58,6 +60,30 @@ class Recipe(Spec):
                 {"position": position, "next": kinds[position + 1]},
             )
         return stages
+
+    @field_validator("stages")
+    @classmethod
+    def _one_grid(cls, stages: list[Stage]) -> list[Stage]:
+        """What was trained for one grid is not rounded to another."""
+        trained, place = None, 0
+        for position, stage in enumerate(stages):
+            spec = stage_spec(stage)
+            if isinstance(spec, FinetuneSpec) and spec.quantization_aware:
+                trained, place = spec.quantization_aware, position
+            if isinstance(spec, QuantizeSpec) and trained and not _same_grid(trained, spec):
+                raise PydanticCustomError(
+                    "order",
+                    "stage {place} trains for {trained}, and stage {position} quantizes to {scheme} on another grid; "
+                    "give both the same scheme and group_size",
+                    {"place": place, "trained": trained.scheme, "position": position, "scheme": spec.scheme},
+                )
+        return stages
+
+
+def _same_grid(trained: QuantizationAwareSpec, spec: QuantizeSpec) -> bool:
+    if trained.scheme == "int4":
+        return spec.scheme == "int4" and spec.group_size == trained.group_size
+    return spec.scheme != "int4"
 
 
 COMPRESSING = frozenset({"narrow", "shorten", "prune", "quantize"})

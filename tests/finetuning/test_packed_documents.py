@@ -5,7 +5,7 @@ import torch
 
 from moss_rlhf.errors import MachineError, ModelError, RecipeError
 from moss_rlhf.finetuning import finetune
-from moss_rlhf.finetuning.finetune import trackers
+from moss_rlhf.finetuning.running import trackers
 from moss_rlhf.model.anatomy import FAMILIES
 from moss_rlhf.model.replay import without_cache
 from moss_rlhf.tasks import TASKS

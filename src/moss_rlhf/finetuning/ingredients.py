@@ -1,0 +1,170 @@
+"""From the options of a training to its parts: what is asked of labels and teacher, and what goes along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache as cached
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moss_rlhf.errors import ModelError, RecipeError
+from moss_rlhf.finetuning.companions import Companion
+from moss_rlhf.finetuning.compiling import Compile
+from moss_rlhf.finetuning.distillation import Teaching
+from moss_rlhf.finetuning.layers import LayerGroup
+from moss_rlhf.finetuning.losses import LabelLoss, label_loss
+from moss_rlhf.finetuning.movement import MovementPruning
+from moss_rlhf.finetuning.options import Cache, Distillation, Loss, Movement, QuantizationAware, Schedule, option
+from moss_rlhf.finetuning.prefix_cache import PrefixCache, Rows, plan_cache, states_bytes
+from moss_rlhf.finetuning.quantization_aware import Rounding
+from moss_rlhf.finetuning.regularisers import Lasso, Ridge, TowardsStart
+from moss_rlhf.finetuning.timetable import Timetable
+from moss_rlhf.finetuning.trainer import Plateau
+from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.runtime import TorchRuntime
+from moss_rlhf.progress import Progress
+from moss_rlhf.tasks import TASKS, Task, TextClassification
+
+# --- the teacher ---------------------------------------------------------------------------------------------------
+
+
+def check_teacher(model: Model, teacher: Model) -> None:
+    if teacher.task != model.task:
+        raise ModelError(f"finetune: the teacher's task is {teacher.task}, the model's {model.task}. Give one of it.")
+    if TASKS[model.task].has_classes and teacher.labels != model.labels:
+        raise ModelError(
+            f"finetune: the teacher's labels are {', '.join(teacher.labels)}, the model's {', '.join(model.labels)}. "
+            "Give a teacher of the same labels in the same order."
+        )
+    if teacher.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise ModelError(
+            "finetune: the teacher's tokenizer has another vocabulary, so it would read other words than the model. "
+            "Give a teacher with the same tokenizer."
+        )
+
+
+def with_teacher(train: Any, teacher: Model, task: TextClassification, progress: Progress) -> Any:
+    """The rows with the teacher's logits as a column: one forward pass serves every epoch."""
+    progress.say("  asking the teacher")
+    logits = task.predict(TorchRuntime(teacher.network), train, teacher.tokenizer)
+    return train.add_column("teacher_logits", [row.tolist() for row in logits])
+
+
+def teaching_of(task: Task, teacher: Model | None, options: Distillation | None) -> Teaching | None:
+    """What is learned from a teacher; a language model's logits are a vocabulary a token: it is asked at every step."""
+    if teacher is None:
+        return None
+    options = options or Distillation()
+    if task.has_classes:
+        return Teaching(task, options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Teaching(task, options, teacher.network.to(device).eval())
+
+
+# --- the labels ----------------------------------------------------------------------------------------------------
+
+
+def labelled_by(model: Model, task: Task, asked: Loss | None, train: Any) -> LabelLoss | None:
+    """None: the task's own loss."""
+    if asked is None:
+        return None
+    if asked.r_drop and not _drops_out(model.network):
+        raise ModelError(
+            "finetune.loss.r_drop: the network has no dropout, so two passes agree already. Leave r_drop out, or set "
+            "a dropout in config.json."
+        )
+    return label_loss(task, asked, *((model.labels, train["labels"]) if task.has_classes else ((), ())))
+
+
+def _drops_out(network: Any) -> bool:
+    """Whether two passes differ: dropout is a module, or a number that a module keeps and calls F.dropout with."""
+    modules = [module for module in network.modules() if not isinstance(module, torch.nn.Dropout)]
+    numbers = [value for module in modules for name, value in vars(module).items() if "drop" in name]
+    dropouts = [module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)]
+    return any(isinstance(value, float) and value > 0 for value in (*numbers, *dropouts))
+
+
+def plateau_of(shape: Schedule) -> Plateau | None:
+    if shape.name != "reduce_on_plateau":
+        return None
+    return Plateau(0.5 if shape.factor is None else shape.factor, shape.patience or 1)
+
+
+def penalties(model: Model, groups: Sequence[LayerGroup], l2: float, l2_start: float, l1: float) -> Iterator[Companion]:
+    for name, strength in {"l2": l2, "l2_start": l2_start, "l1": l1}.items():
+        if not 0 <= strength < float("inf"):
+            raise RecipeError(f"finetune.{name}: {strength} can't be used; it must be at least 0.")
+    if l2:
+        yield Ridge(groups, l2)
+    if l2_start:
+        yield TowardsStart(groups, l2_start)
+    if l1:
+        yield Lasso(model, groups, l1)
+
+
+def masks(
+    model: Model,
+    movement: Movement | Mapping[str, Any] | None,
+    rounding: QuantizationAware | Mapping[str, Any] | None,
+    timetable: Timetable,
+    steps: int,
+) -> Iterator[Companion]:
+    """What the forward pass sees of the weights: first what is pruned, then what rounding leaves of the rest."""
+    if pruned := option(Movement, movement, "movement"):
+        pruning = MovementPruning(model, pruned, steps)
+        if not all(timetable.trains(pruning.first)):
+            raise RecipeError(
+                f"finetune.movement.begin: {pruned.begin} of the steps is before all layers train, and scores of "
+                "frozen ones say nothing. Give a later begin (with unfreeze gradual at least 0.5)."
+            )
+        yield pruning
+    if rounded := option(QuantizationAware, rounding, "quantization_aware"):
+        yield Rounding(model.network, rounded)
+
+
+# --- frozen blocks -------------------------------------------------------------------------------------------------
+
+
+def obstacle_to_cache(companions: Sequence[Companion], packing: bool, compile: Compile) -> str:
+    """What speaks against standing in for frozen blocks, if anything."""
+    reasons = {
+        "weights are altered on the way": any(each.alters_forward for each in companions),
+        "packed documents have no place of their own": packing,
+        "a compiled network can't be stood in for": compile != "off",
+    }
+    return "; ".join(reason for reason, holds in reasons.items() if holds)
+
+
+def caching_of(
+    model: Model,
+    train: Any,
+    frozen: Sequence[int],
+    options: Cache | None,
+    *,
+    steps_per_epoch: int,
+    bfloat16: bool,
+    folder: Path,
+    shared: bool,
+    obstacle: str,
+    progress: Progress,
+) -> PrefixCache | None:
+    """What runs frozen blocks once, or says why it does not; None where nothing stays frozen for long."""
+    dimensions = model.dimensions
+    rows = cached(lambda: Rows.of(TASKS[model.task], train, model.tokenizer))  # only where something is to be kept
+    plan = plan_cache(
+        options,
+        frozen,
+        steps_per_epoch,
+        bytes_of=lambda blocks, dtype: states_bytes(rows(), model.network, blocks, dimensions.hidden, dtype),
+        bfloat16=bfloat16,
+        folder=folder,
+        shared=shared,
+        obstacle=obstacle,
+    )
+    if plan.why_not:
+        progress.say(f"  frozen blocks run at every step: {plan.why_not}")
+    if not (plan.runs or plan.why_not):
+        return None
+    return PrefixCache(model.network, dimensions, rows(), plan, progress.say)

@@ -1,0 +1,214 @@
+"""Run a plan: the loop around the Trainer, from its arguments to the best weights and the facts."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_model
+from transformers import TrainingArguments, set_seed
+
+from moss_rlhf.errors import Interrupted, MachineError, RecipeError, nearest
+from moss_rlhf.finetuning.averaging import load_average, steps_to_average
+from moss_rlhf.finetuning.compiling import Compile, compile_where_it_pays, undo
+from moss_rlhf.finetuning.options import Averaging
+from moss_rlhf.finetuning.trainer import BEST, Conductor, LayerwiseTrainer, checkpoints
+from moss_rlhf.model.processor import fast_bfloat16, processor_flags
+from moss_rlhf.model.replay import without_cache
+from moss_rlhf.progress import Progress
+from moss_rlhf.strategy import Judge
+from moss_rlhf.tasks import Task
+
+_LOGGED_POINTS = 60  # of the loss, for the chart
+_TIMED_BATCHES = 5  # where compiling is weighed
+TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a fine-tuning did.
+
+    history   {"train": [{step, epoch, loss, learning_rate}], "validation": [{step, epoch, loss, metric}]}
+    flops     operations of forward and backward, padding included.
+    """
+
+    facts: dict[str, Any]
+    history: dict[str, list[dict[str, float]]]
+    flops: float
+
+
+def evaluation_steps(steps_per_epoch: int, epochs: int, per_epoch: int) -> frozenset[int]:
+    """The steps after which validation is measured: `per_epoch` times an epoch, evenly, and after the last one."""
+    evaluations = epochs * min(per_epoch, steps_per_epoch)
+    total = epochs * steps_per_epoch
+    return frozenset(round(total * count / evaluations) for count in range(1, evaluations + 1))
+
+
+def uses_bfloat16(precision: Precision) -> bool:
+    """Whether training runs in bfloat16 autocast: as told, or where the hardware has it."""
+    if precision == "auto":
+        return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else fast_bfloat16(processor_flags())
+    return precision == "bfloat16"
+
+
+def trackers(names: Sequence[str]) -> list[str]:
+    """The trackers, each of which is installed.
+
+    raises   RecipeError on an unknown one; MachineError where its package is missing.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise RecipeError(f"finetune.report_to: unknown tracker {name!r}; {nearest(name, TRACKERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise MachineError(f"finetune.report_to: {name} is not installed. Run: pip install {name}")
+    return list(names)
+
+
+def judge_of(task: Task, metric: str | None, since: int = 0) -> Judge:
+    """By which of the task's metrics checkpoints are compared, from step `since` on.
+
+    raises   RecipeError where the task does not have it.
+    """
+    known = ["loss", *task.metrics]
+    name = metric or task.metric
+    if name not in known:
+        raise RecipeError(f"finetune.metric: {task.name} has no metric {name!r}; {nearest(name, known)}")
+    return Judge(name, name == "loss" or name in task.lower_is_better, since)
+
+
+@contextmanager
+def training_folder(workspace: Path | None) -> Iterator[Path]:
+    if workspace is not None:
+        workspace.mkdir(parents=True, exist_ok=True)
+        yield workspace
+    else:
+        with tempfile.TemporaryDirectory(prefix="moss-") as folder:
+            yield Path(folder)
+
+
+def training_arguments(
+    folder: Path,
+    *,
+    epochs: int,
+    batch_size: int,
+    steps: int,
+    max_gradient_norm: float,
+    bfloat16: bool,
+    checkpointing: bool,
+    report_to: list[str],
+    seed: int,
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        max_grad_norm=max_gradient_norm,
+        bf16=bfloat16,
+        activation_checkpointing=checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        eval_strategy="no",
+        save_strategy="no",  # the conductor decides
+        logging_steps=max(1, steps // _LOGGED_POINTS),
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=report_to,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def compiled_by_time(trainer: LayerwiseTrainer, wanted: Compile, folder: Path) -> dict[str, Any]:
+    """Compile the network, or leave it, by the time of a few real batches."""
+
+    def step(rows: Sequence[int]) -> None:
+        batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in rows]))
+        with trainer.compute_loss_context_manager():
+            loss = trainer.plan.objective(trainer.model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    some = list(itertools.islice(trainer.batches, _TIMED_BATCHES))
+    trainer.model.train()
+    return compile_where_it_pays(trainer.model, wanted, some, step, trainer.plan.steps, folder)
+
+
+def run_plan(trainer: LayerwiseTrainer, folder: Path, save_every_seconds: float, progress: Progress) -> dict[str, Any]:
+    """Run to the end or to an interruption; leaves the best weights and returns the companions' facts."""
+    shutil.rmtree(folder / "partial", ignore_errors=True)  # a killed run's half-written checkpoint
+    last = checkpoints(folder)[-1:]
+    set_seed(trainer.args.seed)
+    with without_cache(trainer.model), progress.bar("fine-tuning", trainer.plan.steps) as bar:
+        conductor = Conductor(trainer, bar, save_every_seconds)
+        trainer.add_callback(conductor)
+        try:
+            with conductor.catching_interrupt():
+                trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
+        finally:
+            trainer.plan.companions.leave()
+            for group in trainer.plan.groups:
+                group.train(True)
+            undo(trainer.model)
+            if trainer.args.activation_checkpointing:
+                trainer.model.activation_checkpointing_disable()
+    if conductor.stop_requested.is_set():
+        raise Interrupted("stopped at the last step; run again to go on from the checkpoint before")
+    trainer.model.cpu()
+    load_model(trainer.model, folder / BEST)
+    facts = _averaged(trainer, folder) if trainer.plan.average else {}
+    trainer.model.eval()
+    return facts | trainer.plan.companions.finish()
+
+
+def _averaged(trainer: LayerwiseTrainer, folder: Path) -> dict[str, Any]:
+    """Leave the mean of the kept weights in the network, or the best ones where the mean is worse."""
+    plan, log = trainer.plan, trainer.state.log_history
+    steps = steps_to_average(log, plan.average or Averaging(last=1), plan.judge)
+    load_average(trainer.model, steps, folder)
+    found = {f"eval_{name}": value for name, value in trainer.evaluator().items()} | {"step": plan.steps}
+    best = next(entry for entry in log if plan.judge.sees(entry) and entry["step"] == plan.judge.best(log).step)
+    kept = plan.judge.rank(found) >= plan.judge.rank(best)
+    if not kept:
+        load_model(trainer.model, folder / BEST)
+    name = plan.judge.metric
+    return {"average": {"of_steps": steps, f"validation_{name}": found[f"eval_{name}"], "kept": kept}}
+
+
+def training_of(trainer: LayerwiseTrainer, bfloat16: bool) -> Training:
+    log = trainer.state.log_history
+    judge = trainer.plan.judge
+    best = judge.best(log)
+    evaluations = [entry for entry in log if "eval_loss" in entry]
+    facts = {
+        "steps": trainer.state.global_step,
+        "best_step": best.step,
+        f"best_validation_{judge.metric}": best.metric,
+        "stopped_early": trainer.state.global_step < trainer.plan.steps,
+        "precision": "bfloat16 autocast" if bfloat16 else "float32",
+        "seconds": trainer.seconds,
+        "examples_per_second": trainer.batches.rows * trainer.state.epoch / trainer.seconds,
+        "learning_rates": {
+            group.name: rate for group, rate in zip(trainer.plan.groups, trainer.plan.timetable.peaks, strict=True)
+        },
+    }
+    history = {
+        "train": [_pick(entry, "loss", "learning_rate") for entry in log if "learning_rate" in entry],
+        "validation": [
+            _pick(entry) | {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+            for entry in evaluations
+        ],
+    }
+    return Training(facts, history, float(trainer.state.total_flos))
+
+
+def _pick(entry: Mapping[str, float], *names: str) -> dict[str, float]:
+    return {name: entry[name] for name in ("step", "epoch", *names)}
