@@ -393,6 +393,17 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a block stood in its stack before any was dropped: block `index` of `depth`."""
+
+    index: int
+    depth: int
+
+
+_ORIGIN = "moss_origin"  # an attribute of a block's module: it goes wherever the block goes
+
+
+@dataclass(frozen=True)
 class Block:
     """One transformer block and its parts, live modules of the network."""
 
@@ -403,6 +414,15 @@ class Block:
     attention: Attention
     cross_attention: Attention | None
     feed_forward: FeedForward
+
+    @property
+    def origin(self) -> Origin | None:
+        """None where its stack was never shortened."""
+        found: Origin | None = vars(self.module).get(_ORIGIN)
+        return found
+
+    def set_origin(self, origin: Origin) -> None:
+        setattr(self.module, _ORIGIN, origin)
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
