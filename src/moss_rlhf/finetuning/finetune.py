@@ -20,6 +20,7 @@ from transformers import TrainingArguments, set_seed
 from moss_rlhf.errors import DataError, Interrupted, ModelError
 from moss_rlhf.finetuning.companions import Companion, Companions, KeptZeros
 from moss_rlhf.finetuning.distillation import Teaching
+from moss_rlhf.finetuning.imitation import Imitation, Tutor
 from moss_rlhf.finetuning.layers import layer_groups, layer_learning_rates
 from moss_rlhf.finetuning.objective import Objective
 from moss_rlhf.finetuning.options import Distillation, EarlyStopping, option
@@ -89,11 +90,12 @@ def finetune(
     train, validation   rows with the task's columns, labels included; or encoded already.
     early_stopping      {"patience": evaluations without a better metric before training stops}; None: never.
     teacher             a model whose answers are learned too.
-    distill             how, such as {"temperature": 2.0, "weight": 0.7}; these without it.
+    distill             how, such as {"temperature": 2.0, "weight": 0.7, "hidden": 1.0, "attention": 1.0, "layers":
+                        "auto"}; temperature and weight as here without it, and nothing of what the teacher does inside.
     workspace           where to keep checkpoints; a training interrupted there resumes from its last one and ends in
                         the same bits. None: nothing is kept.
     raises              DataError where there are no rows; ModelError where the model is quantized, the teacher has
-                        other labels or another vocabulary, or the loss is no longer finite; Interrupted after
+                        other labels, another vocabulary or layers that can't be paired, or the loss is no longer finite; Interrupted after
                         Ctrl-C, once a checkpoint is written.
     """
     if model.quantization:
@@ -106,15 +108,15 @@ def finetune(
     groups = tuple(layer_groups(model.network))
     rates = tuple(layer_learning_rates(len(groups) - 2, learning_rate, layer_decay))
     bfloat16 = uses_bfloat16(precision)
-    if teacher is not None:
-        _check_teacher(model, teacher)
-        if isinstance(task, TextClassification):
-            train = _with_teacher(train, teacher, task, progress)
+    distillation = option(Distillation, distill, "distill")
+    tutor = _tutor(model, teacher, distillation or Distillation())
+    if teacher is not None and isinstance(task, TextClassification):
+        train = _with_teacher(train, teacher, task, progress)
     plan = Plan(
         groups=groups,
         timetable=Thaw(rates, unfreeze, SCHEDULES[schedule], warmup, steps),
-        objective=Objective(task, _teaching(task, teacher, option(Distillation, distill, "distill"))),
-        companions=Companions(_companions(model)),
+        objective=Objective(task, _teaching(task, teacher, tutor, distillation or Distillation())),
+        companions=Companions(_companions(model, tutor, distillation or Distillation(), learning_rate, seed)),
         weight_decay=weight_decay,
         evaluate_at=evaluation_steps(steps_per_epoch, epochs, evaluations_per_epoch),
         steps=steps,
@@ -194,20 +196,30 @@ def _with_teacher(train: Any, teacher: Model, task: TextClassification, progress
     return train.add_column("teacher_logits", [row.tolist() for row in logits])
 
 
-def _teaching(task: Task, teacher: Model | None, options: Distillation | None) -> Teaching | None:
-    """What is learned from a teacher; a language model's logits are a vocabulary a token: it is asked at every step."""
+def _tutor(model: Model, teacher: Model | None, options: Distillation) -> Tutor | None:
+    """The teacher, if it is asked at every step: a language model's answers are a vocabulary a token, states more."""
     if teacher is None:
         return None
-    options = options or Distillation()
-    if task.has_classes:
-        return Teaching(task, options)
+    _check_teacher(model, teacher)
+    if TASKS[model.task].has_classes and not options.inside:
+        return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Teaching(task, options, teacher.network.to(device).eval())
+    return Tutor(teacher.network.to(device).eval())
 
 
-def _companions(model: Model) -> list[Companion]:
+def _teaching(task: Task, teacher: Model | None, tutor: Tutor | None, options: Distillation) -> Teaching | None:
+    """What is learned of a teacher's answers."""
+    if teacher is None:
+        return None
+    return Teaching(task, options, None if task.has_classes else tutor)
+
+
+def _companions(
+    model: Model, tutor: Tutor | None, options: Distillation, learning_rate: float, seed: int
+) -> list[Companion]:
     """What goes along; what changes weights last comes last."""
-    return [KeptZeros(model.pruned)]
+    inside = [Imitation(model, tutor, options, learning_rate, seed)] if tutor and options.inside else []
+    return [*inside, KeptZeros(model.pruned)]
 
 
 def _collate(rows: Sequence[Mapping[str, Any]], model: Model, task: Task) -> dict[str, torch.Tensor]:

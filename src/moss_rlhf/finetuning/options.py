@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from moss_rlhf.errors import RecipeError, nearest
 
@@ -21,10 +21,24 @@ class EarlyStopping:
 
 @dataclass(frozen=True)
 class Distillation:
-    """Learn a teacher's answers: weight · T² · KL + (1 − weight) · the labels' loss (`distillation.py`)."""
+    """Learn a teacher's answers: weight · T² · KL + (1 − weight) · the labels' loss (`distillation.py`).
+
+    hidden, attention   weights of what it does inside (`imitation.py`); 0: nothing is learned of it.
+    layers              which layer learns from which (`layer_map.py`).
+    relation_heads      that attentions are split into anew; auto: what divides both, up to the teacher's heads.
+    """
 
     temperature: float = 2.0
     weight: float = 0.7
+    hidden: float = 0.0
+    attention: float = 0.0
+    layers: Literal["auto", "uniform", "last"] | Sequence[Sequence[int]] = "auto"
+    relation_heads: int | Literal["auto"] = "auto"
+
+    @property
+    def inside(self) -> bool:
+        """Whether more is learned than answers."""
+        return self.hidden > 0 or self.attention > 0
 
 
 def option(kind: type[Options], value: Options | Mapping[str, Any] | None, name: str) -> Options | None:
