@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,11 @@ from moss_rlhf.model.cost import (
     training_flops,
     units_kept,
 )
+from moss_rlhf.model.layer_map import refuse_pair
 from moss_rlhf.model.locate import locate, read_header, weight_files
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import (
+    DistillSpec,
     FinetuneSpec,
     NarrowSpec,
     PruneSpec,
@@ -46,6 +49,7 @@ from moss_rlhf.recipe import (
     Recipe,
     SensitivitySpec,
     ShortenSpec,
+    settle_distillation,
     stage_kind,
     stage_spec,
     stages_before_compression,
@@ -111,6 +115,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     """
     place = locate(recipe.model)
     config = read_config(place)
+    asked, recipe = recipe, settled(recipe)
     check_stages(recipe, place)
     check_output(recipe, place)
     task = TASKS[recipe.task]
@@ -126,7 +131,19 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     state = _initial_state(place, config, len(data.labels))
     rows = {split: facts["rows"] for split, facts in data.facts.items()}
     stages = tuple(_forecasts(recipe, state, config, rows, tokens["train"]["mean"], longest))
-    return Check(data, tokens, state.parameters, stages, data.notes)
+    return Check(data, tokens, state.parameters, stages, (*data.notes, *_decided(asked, recipe)))
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with what depends on the model decided: whether `distill: auto` finds a parent that was trained."""
+    serves = not TASKS[recipe.task].has_classes or trained_labels(read_config(locate(recipe.model))) is not None
+    return settle_distillation(recipe, serves)
+
+
+def _decided(asked: Recipe, recipe: Recipe) -> Iterator[str]:
+    for index, (before, after) in enumerate(zip(asked.stages, recipe.stages, strict=True)):
+        if before != after and stage_spec(after).distill is not None:
+            yield f"stages.{index}.finetune learns from its parent (distill: auto; none turns it off)."
 
 
 def check_stages(recipe: Recipe, place: Path) -> None:
@@ -141,9 +158,11 @@ def check_stages(recipe: Recipe, place: Path) -> None:
     for file in weight_files(place):
         read_header(file)  # says which file is broken
     shapes = block_shapes(config)
+    depths: list[int] = []  # as each stage finds it
     quantized = config.get(KEY, {}).get("quantization")
     for index, stage in enumerate(recipe.stages):
         field, spec = f"stages.{index}.{stage_kind(stage)}", stage_spec(stage)
+        depths.append(_layers(shapes, config))
         if quantized:
             raise ModelError(f"{field}: {place} is quantized already; give the checkpoint from before quantization.")
         shapes = _shapes_after(spec, shapes, field, config)
@@ -151,8 +170,28 @@ def check_stages(recipe: Recipe, place: Path) -> None:
             raise RecipeError(f"{field}.scheme: int4 can't be exported to ONNX. Give int8, or leave export out.")
         if isinstance(spec, ShortenSpec) and family_of(config["model_type"]).shared:
             raise RecipeError(f"{field}: the layers of a {config['model_type']} share one block.")
-        if isinstance(spec, FinetuneSpec) and spec.distill:
+        if isinstance(spec, FinetuneSpec) and isinstance(spec.distill, DistillSpec):
             _check_teacher(recipe, index, spec.distill.teacher, config, f"{field}.distill.teacher")
+            _check_layers(spec.distill, depths, stages_before_compression(recipe), f"{field}.distill.layers")
+
+
+def _layers(shapes: Sequence[BlockShape], config: dict[str, Any]) -> int:
+    """ALBERT's one block is as many layers as it is gone through."""
+    family = family_of(config["model_type"])
+    return int(config[family.stacks[0].layers]) if family.shared else len(shapes)
+
+
+def _check_layers(spec: DistillSpec, depths: Sequence[int], parent: int, field: str) -> None:
+    """Whether pairs of layers name layers; `depths` up to this stage."""
+    if isinstance(spec.layers, str):
+        return
+    if spec.teacher == "parent":
+        deep = depths[parent]
+    else:
+        config = read_config(locate(spec.teacher))
+        deep = _layers(block_shapes(config), config)
+    for pair in spec.layers:
+        refuse_pair(pair, depths[-1], deep, field)
 
 
 def _shapes_after(
@@ -201,7 +240,7 @@ def _narrowed(spec: NarrowSpec, shapes: tuple[BlockShape, ...], field: str) -> t
 
 def _check_teacher(recipe: Recipe, index: int, teacher: str, config: dict[str, Any], field: str) -> None:
     if teacher != "parent":
-        locate(teacher)
+        _check_vocabulary(locate(recipe.model), locate(teacher), field)
         return
     parent = stages_before_compression(recipe)
     if index < parent:
@@ -216,11 +255,39 @@ def _check_teacher(recipe: Recipe, index: int, teacher: str, config: dict[str, A
         )
 
 
+def _check_vocabulary(place: Path, teacher: Path, field: str) -> None:
+    """Whether a teacher reads the same words, as far as tokenizer.json tells; loaded, both are compared again."""
+    own, other = (_vocabulary(folder) for folder in (place, teacher))
+    if own and other and own != other:
+        raise ModelError(
+            f"{field}: the tokenizer of {teacher} has another vocabulary ({len(other)} tokens, the model's "
+            f"{len(own)}), so it would read other words than the model. Give a teacher with the same tokenizer."
+        )
+
+
+def _vocabulary(place: Path) -> dict[str, int]:
+    """{token: id} of a tokenizer.json; empty where there is none."""
+    file = place / "tokenizer.json"
+    if not file.exists():
+        return {}
+    try:
+        tokenizer = json.loads(file.read_text(encoding="utf-8"))
+        words = tokenizer["model"]["vocab"]
+        pieces = words if isinstance(words, dict) else {piece: index for index, (piece, _) in enumerate(words)}
+        return dict(pieces) | {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model: {file} is broken ({error}). Fetch or save the checkpoint again.") from None
+
+
 def check_labels(recipe: Recipe, config: dict[str, Any], labels: Sequence[str]) -> None:
     """A checkpoint of ours serves the labels it was trained for, and a teacher knows the same."""
     for index, stage in enumerate(recipe.stages):
         spec = stage_spec(stage)
-        if isinstance(spec, FinetuneSpec) and spec.distill and spec.distill.teacher != "parent":
+        if (
+            isinstance(spec, FinetuneSpec)
+            and isinstance(spec.distill, DistillSpec)
+            and spec.distill.teacher != "parent"
+        ):
             taught = trained_labels(read_config(locate(spec.distill.teacher)))
             if taught is None or set(taught) != set(labels):
                 raise ModelError(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moss_rlhf.checking import settled
 from moss_rlhf.evaluation import PeakMemory, describe_machine, versions
 from moss_rlhf.exporting import export_onnx
 from moss_rlhf.files import copy_directory, read_json, write_json, write_text
@@ -29,7 +30,7 @@ def run(
     fresh    start over instead of going on from the stages that are finished.
     raises   UserError where the recipe, data, model or machine can't do it; Interrupted after Ctrl-C, resumable.
     """
-    recipe, progress = _as_recipe(recipe), progress or Progress(quiet=True)
+    recipe, progress = settled(_as_recipe(recipe)), progress or Progress(quiet=True)
     quiet_libraries()
     with open_run(Path(recipe.output), fresh) as place:
         write_text(place.path / "recipe.yaml", recipe_yaml(recipe))

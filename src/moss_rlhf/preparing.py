@@ -24,7 +24,15 @@ from moss_rlhf.model.config import position_limit, read_config, trained_labels
 from moss_rlhf.model.locate import locate, weight_files
 from moss_rlhf.model.runtime import Batch, usable_cores
 from moss_rlhf.progress import Progress
-from moss_rlhf.recipe import FinetuneSpec, Recipe, recipe_values, stage_kind, stage_spec, stages_before_compression
+from moss_rlhf.recipe import (
+    DistillSpec,
+    FinetuneSpec,
+    Recipe,
+    recipe_values,
+    stage_kind,
+    stage_spec,
+    stages_before_compression,
+)
 from moss_rlhf.rundir import RunDirectory, StageFolder
 from moss_rlhf.tasks import TASKS, Task
 from moss_rlhf.tasks.batching import batches_of, padding_of
@@ -187,7 +195,9 @@ def _describe(files: Sequence[Path]) -> list[list[str]]:
 
 def _teacher_files(spec: object) -> list[list[str]]:
     """A teacher that is no stage of this run."""
-    if not isinstance(spec, FinetuneSpec) or spec.distill is None or spec.distill.teacher == "parent":
+    if not isinstance(spec, FinetuneSpec) or not isinstance(spec.distill, DistillSpec):
+        return []
+    if spec.distill.teacher == "parent":
         return []
     place = locate(spec.distill.teacher)
     return _describe([*weight_files(place), place / "config.json"])

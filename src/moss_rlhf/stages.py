@@ -15,6 +15,7 @@ from moss_rlhf.model.cost import macs_per_token
 from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import (
+    DistillSpec,
     FinetuneSpec,
     NarrowSpec,
     PruneSpec,
@@ -23,6 +24,7 @@ from moss_rlhf.recipe import (
     ShortenSpec,
 )
 from moss_rlhf.recipe.spec import Spec
+from moss_rlhf.tasks import TASKS
 
 METHODS: Mapping[type, Callable[..., dict[str, Any]]] = {
     NarrowSpec: narrow,
@@ -63,9 +65,9 @@ def apply_stage(spec: Any, model: Model, context: StageContext) -> Outcome:
 
 
 def _finetune(spec: FinetuneSpec, model: Model, context: StageContext) -> Outcome:
-    teacher = context.teacher(spec.distill.teacher) if spec.distill else None
+    teacher = context.teacher(spec.distill.teacher) if isinstance(spec.distill, DistillSpec) else None
     fields = {name: _plain(getattr(spec, name)) for name in type(spec).model_fields}
-    if spec.distill:
+    if teacher:
         fields["distill"] = {name: value for name, value in fields["distill"].items() if name != "teacher"}
     training = finetune(
         model,
@@ -77,8 +79,18 @@ def _finetune(spec: FinetuneSpec, model: Model, context: StageContext) -> Outcom
         workspace=context.work,
         progress=context.progress,
     )
-    asked = _forward_flops(teacher, context.train, len(context.train)) if teacher else 0.0
+    asked = _teaching_flops(spec, teacher, context.train, training.facts["steps"]) if teacher else 0.0
     return Outcome(training.facts, training.flops + asked, training.history)
+
+
+def _teaching_flops(spec: FinetuneSpec, teacher: Model, rows: Any, steps: int) -> float:
+    """A classifier's teacher answers every row once; a language model's, and for what it does inside, at every step."""
+    classes = TASKS[teacher.task].has_classes
+    live = not classes or (
+        isinstance(spec.distill, DistillSpec) and bool(spec.distill.hidden or spec.distill.attention)
+    )
+    count = len(rows) * classes + (steps * spec.batch_size if live else 0)
+    return _forward_flops(teacher, rows, count)
 
 
 def _plain(value: Any) -> Any:

@@ -9,10 +9,10 @@ import torch
 from moss_rlhf.errors import ModelError
 from moss_rlhf.finetuning import finetune
 from moss_rlhf.finetuning.imitation import Imitation, Tutor, hidden_loss, relation_heads, relation_loss
-from moss_rlhf.finetuning.layer_map import layer_map, uniform_map
 from moss_rlhf.finetuning.options import Distillation
 from moss_rlhf.finetuning.watching import watching
 from moss_rlhf.model.anatomy import FAMILIES
+from moss_rlhf.model.layer_map import layer_map, uniform_map
 from moss_rlhf.model.surgery import keep_blocks, keep_heads, keep_hidden
 from moss_rlhf.optimization import shorten
 from moss_rlhf.tasks import TASKS
@@ -35,7 +35,7 @@ def test_hidden_loss_is_twice_one_minus_the_cosine():
 
 def _relations(part, heads, inside, causal):
     """{(row, head, token): probabilities over the tokens that it may relate to}, worked one by one."""
-    rows, length, features = part.shape
+    rows, _, features = part.shape
     size, found = features // heads, {}
     for row in range(rows):
         for head in range(heads):

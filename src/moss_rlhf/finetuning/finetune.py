@@ -95,8 +95,8 @@ def finetune(
     workspace           where to keep checkpoints; a training interrupted there resumes from its last one and ends in
                         the same bits. None: nothing is kept.
     raises              DataError where there are no rows; ModelError where the model is quantized, the teacher has
-                        other labels, another vocabulary or layers that can't be paired, or the loss is no longer finite; Interrupted after
-                        Ctrl-C, once a checkpoint is written.
+                        other labels, another vocabulary or layers that can't be paired, or the loss is no longer
+                        finite; Interrupted after Ctrl-C, once a checkpoint is written.
     """
     if model.quantization:
         raise ModelError("finetune: the model is quantized already; fine-tune it before, then quantize.")

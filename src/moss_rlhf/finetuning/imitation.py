@@ -23,12 +23,12 @@ from torch.nn.functional import normalize
 
 from moss_rlhf.errors import ModelError
 from moss_rlhf.finetuning.companions import Companion, Extra
-from moss_rlhf.finetuning.layer_map import Pair, layer_map
 from moss_rlhf.finetuning.objective import ROW_COLUMNS
 from moss_rlhf.finetuning.options import Distillation
 from moss_rlhf.finetuning.watching import Seen, watching
 from moss_rlhf.model.anatomy import Anatomy, Attention, Block, anatomy_of
 from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.layer_map import Pair, layer_map
 from moss_rlhf.tasks import TASKS, Task
 from moss_rlhf.tasks.language import IGNORED
 

@@ -4,7 +4,7 @@ from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, Se
 from moss_rlhf.recipe.data import DataSpec, SplitLayout
 from moss_rlhf.recipe.finetuning import DistillSpec, EarlyStoppingSpec, FinetuneSpec
 from moss_rlhf.recipe.reading import apply_override, make_recipe, parse_yaml, read_recipe, recipe_values, recipe_yaml
-from moss_rlhf.recipe.schema import EvaluateSpec, Recipe, stages_before_compression
+from moss_rlhf.recipe.schema import EvaluateSpec, Recipe, settle_distillation, stages_before_compression
 from moss_rlhf.recipe.stages import stage_kind, stage_spec
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "read_recipe",
     "recipe_values",
     "recipe_yaml",
+    "settle_distillation",
     "stage_kind",
     "stage_spec",
     "stages_before_compression",

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from moss_rlhf.recipe.spec import Positive, Spec
+
+Layer = Annotated[int, Field(ge=0)]
+
+
+def allow_none(schema: dict[str, Any]) -> None:
+    """`distill: none`, which YAML reads as a text, is null too."""
+    schema["anyOf"] = [*schema["anyOf"], {"const": "none"}]
 
 
 class EarlyStoppingSpec(Spec):
@@ -17,6 +25,21 @@ class DistillSpec(Spec):
     teacher: str = Field("parent", description="'parent' (the model before compression) or a checkpoint directory")
     temperature: float = Field(2.0, gt=0)
     weight: float = Field(0.7, gt=0, le=1, description="share of the teacher's loss; the rest is the labels'")
+    hidden: float = Field(0.0, ge=0, description="weight of the loss of the states that leave the layers")
+    attention: float = Field(0.0, ge=0, description="weight of the loss of which tokens attentions relate (MiniLMv2)")
+    layers: Literal["auto", "uniform", "last"] | list[tuple[Layer, Layer]] = Field(
+        "auto", description="auto: as layers were dropped; last: the last alone; or [[student's, teacher's], …] from 0"
+    )
+    relation_heads: Literal["auto"] | Positive = Field(
+        "auto", description="that attentions are split into anew; auto: what divides both, up to the teacher's heads"
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _some(cls, value: object) -> object:
+        if value == []:
+            raise PydanticCustomError("nothing", "pairs no layers; give [[student's, teacher's], …], or auto")
+        return value
 
 
 class FinetuneSpec(Spec):
@@ -37,4 +60,13 @@ class FinetuneSpec(Spec):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast where the processor has it in hardware"
     )
-    distill: DistillSpec | None = None
+    distill: DistillSpec | Literal["auto"] | None = Field(
+        "auto",
+        description="a teacher; auto: the parent after a compressing stage, where its head was trained; none",
+        json_schema_extra=allow_none,
+    )
+
+    @field_validator("distill", mode="before")
+    @classmethod
+    def _none_is_no_teacher(cls, value: object) -> object:
+        return None if value == "none" else value

@@ -146,7 +146,12 @@ def make_recipe(values: Mapping[str, Any], place: str = "recipe") -> Recipe:
 
 def _beside_the_point(fault: Any) -> bool:
     """A mapping is told what is wrong inside it, not that it might have been a string or a number instead."""
-    return isinstance(fault["input"], Mapping) and fault["type"].removesuffix("_type") in ("string", "float", "int")
+    return isinstance(fault["input"], Mapping) and fault["type"].removesuffix("_type") in (
+        "string",
+        "float",
+        "int",
+        "literal_error",
+    )
 
 
 def _explain(faults: Sequence[Any]) -> list[str]:
@@ -186,7 +191,7 @@ _RULES = {
     "dict_type": "be a mapping",
     "model_type": "be a mapping of fields",
 }
-_UNION_TAGS = frozenset({"float", "int", "str", "SplitLayout", "constrained-int", "constrained-float"})
+_UNION_TAGS = frozenset({"float", "int", "str", "SplitLayout", "DistillSpec", "constrained-int", "constrained-float"})
 
 
 def _without_tags(names: list[str]) -> list[str]:
