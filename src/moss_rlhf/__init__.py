@@ -4,7 +4,7 @@ run(recipe)          the whole story: a recipe, a path to one, or a mapping → 
 load(path)           a checkpoint → Model with .network, .tokenizer, .task; load(id, labels=[…]): a pretrained one
 save(model, path)    a checkpoint that stands alone
 Recipe               the recipe's type
-prune, narrow, shorten, trim_vocabulary, quantize, sensitivity, finetune, evaluate, export
+prune, narrow, shorten, trim_vocabulary, quantize, sensitivity, pretrain, finetune, evaluate, export
                      each on a Model in memory, without a recipe
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moss_rlhf.evaluation import evaluate
     from moss_rlhf.exporting import export
-    from moss_rlhf.finetuning import finetune
+    from moss_rlhf.finetuning import finetune, pretrain
     from moss_rlhf.model.checkpoint import Model
     from moss_rlhf.model.checkpoint import save_checkpoint as save
     from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten, trim_vocabulary
@@ -32,6 +32,7 @@ _HOMES = {
     "finetune": ("moss_rlhf.finetuning", "finetune"),
     "load": ("moss_rlhf.tasks.loading", "load"),
     "narrow": ("moss_rlhf.optimization", "narrow"),
+    "pretrain": ("moss_rlhf.finetuning", "pretrain"),
     "prune": ("moss_rlhf.optimization", "prune"),
     "quantize": ("moss_rlhf.optimization", "quantize"),
     "run": ("moss_rlhf.pipeline", "run"),
@@ -57,6 +58,7 @@ __all__ = [
     "finetune",
     "load",
     "narrow",
+    "pretrain",
     "prune",
     "quantize",
     "run",

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from moss_rlhf.data import DataCheck, check_data
+from moss_rlhf.data.texts import read_texts
 from moss_rlhf.errors import MachineError, ModelError, RecipeError
 from moss_rlhf.model.anatomy import FAMILIES, BlockShape, family_of
 from moss_rlhf.model.config import (
@@ -44,6 +45,7 @@ from moss_rlhf.recipe import (
     DistillSpec,
     FinetuneSpec,
     NarrowSpec,
+    PretrainSpec,
     PruneSpec,
     QuantizeSpec,
     Recipe,
@@ -62,6 +64,7 @@ _EFFICIENCY = 0.5  # of a plain matrix product's speed, reached in training (doc
 _LIBRARY_BYTES = 1100 * 2**20  # torch, transformers, datasets, and what their allocators keep (measured)
 _CHECKPOINT_BYTES = 28  # a parameter's share of two resume states (weights and two moments) and the best weights
 _EVERY_TOKEN = ("embeddings_project.weight", "embedding_hidden_mapping_in.weight", "encoder.conv.conv.weight")
+_BYTES_A_TOKEN = 4.5  # of English text, the space included
 _REPLAYS = 2  # passes through each block: to measure what enters it, and to hand on what leaves it changed
 _TRAINING_COST = 3  # a forward and a backward, in forwards
 
@@ -170,9 +173,26 @@ def check_stages(recipe: Recipe, place: Path) -> None:
             raise RecipeError(f"{field}.scheme: int4 can't be exported to ONNX. Give int8, or leave export out.")
         if isinstance(spec, ShortenSpec) and family_of(config["model_type"]).shared:
             raise RecipeError(f"{field}: the layers of a {config['model_type']} share one block.")
+        if isinstance(spec, PretrainSpec):
+            _check_pretraining(recipe, index, config, field)
         if isinstance(spec, FinetuneSpec) and isinstance(spec.distill, DistillSpec):
             _check_teacher(recipe, index, spec.distill.teacher, config, f"{field}.distill.teacher")
             _check_layers(spec.distill, depths, stages_before_compression(recipe), f"{field}.distill.layers")
+
+
+def _check_pretraining(recipe: Recipe, index: int, config: dict[str, Any], field: str) -> None:
+    """Whether there are texts to read, and the model still has the hidden size that a language model's head fits."""
+    spec = stage_spec(recipe.stages[index])
+    if spec.texts != "task":
+        read_texts(spec.texts, f"{field}.texts", limit=1)
+    narrowed = any(
+        isinstance(before, NarrowSpec) and before.hidden for before in map(stage_spec, recipe.stages[:index])
+    )
+    if narrowed or hidden_size(config) != config[family_of(config["model_type"]).hidden]:
+        raise RecipeError(
+            f"{field}: the hidden size is narrowed before it, and a language model's head fits the whole one. Put "
+            "pretrain before the stage that narrows it."
+        )
 
 
 def _layers(shapes: Sequence[BlockShape], config: dict[str, Any]) -> int:
@@ -382,7 +402,8 @@ def _forecasts(
     forecasts = []
     for stage in recipe.stages:
         spec = stage_spec(stage)
-        flops, memory = _work(spec, state, rows, length, longest)
+        pretrained = isinstance(spec, PretrainSpec)
+        flops, memory = _reading(spec, state, rows, length) if pretrained else _work(spec, state, rows, length, longest)
         state = state.with_shapes(_shapes_after(spec, state.shapes, stage_kind(stage), config))
         macs = macs_per_token(state.dimensions, length)
         forecasts.append(Forecast(stage_kind(stage), state.parameters, macs, flops / rate, memory, flops))
@@ -414,6 +435,19 @@ def _work(spec: object, state: _State, rows: dict[str, int], length: float, long
     if measures and isinstance(spec, PruneSpec | QuantizeSpec):
         return _REPLAYS * min(spec.rows, rows["train"]) * forward, memory
     return 0.0, memory
+
+
+def _reading(spec: PretrainSpec, state: _State, rows: dict[str, int], length: float) -> tuple[float, int]:
+    """Operations and peak bytes of pretraining, the language model's head left out."""
+    tokens = spec.epochs * _text_tokens(spec, rows["train"] * length)
+    batch = spec.batch_size * spec.max_length
+    memory = training_bytes(state.parameters, state.dimensions.hidden, len(state.shapes), batch)
+    return training_flops(state.dimensions, spec.max_length, tokens), _LIBRARY_BYTES + memory
+
+
+def _text_tokens(spec: PretrainSpec, of_task: float) -> float:
+    """Tokens of an epoch; of a file about one in four bytes, in what it says of its size."""
+    return of_task if spec.texts == "task" else Path(spec.texts).stat().st_size / _BYTES_A_TOKEN
 
 
 def _multiplication_rate() -> float:

@@ -71,7 +71,9 @@ def _do_stage(session: Session, index: int) -> dict[str, Any]:
     progress.say(title)
     progress.event("stage started", name=folder.path.name)
     model, rows, started = session.model_after(index), session.rows, time.monotonic()
-    context = StageContext(rows.train, rows.validation, session.recipe.seed, folder.work, session.teacher, progress)
+    context = StageContext(
+        rows.train, rows.validation, rows.train_texts, session.recipe.seed, folder.work, session.teacher, progress
+    )
     with PeakMemory() as peak:
         outcome = apply_stage(stage_spec(stage), model, context)
     seconds = outcome.facts.pop("seconds", time.monotonic() - started)

@@ -27,6 +27,7 @@ from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import (
     DistillSpec,
     FinetuneSpec,
+    PretrainSpec,
     Recipe,
     recipe_values,
     stage_kind,
@@ -46,13 +47,17 @@ _DECIDING = ("moss-rlhf", "torch", "transformers", "accelerate", "tokenizers")
 
 @dataclass(frozen=True)
 class EncodedSplits:
-    """Tokenized rows. `evaluation` is test where there is one, else validation; `texts` are its rows, not tokenized."""
+    """Tokenized rows. `evaluation` is test where there is one, else validation; `texts` are its rows, not tokenized.
+
+    train_texts   the rows of train, not tokenized.
+    """
 
     train: Any
     validation: Any
     evaluation: Any
     evaluation_split: str
     texts: Any
+    train_texts: Any
     facts: dict[str, dict[str, Any]]
 
 
@@ -85,7 +90,11 @@ class Session:
     @property
     def head_is_trained(self) -> bool:
         """Whether the parent's head was ever trained for these labels."""
-        return self.parent > 0 or trained_labels(read_config(self.source)) == self.labels
+        before = self.recipe.stages[: self.parent]
+        return (
+            any(stage_kind(stage) == "finetune" for stage in before)
+            or trained_labels(read_config(self.source)) == self.labels
+        )
 
     @property
     def caveats(self) -> list[str]:
@@ -166,7 +175,13 @@ def _encode(splits: Splits, task: Task, source: Path, recipe: Recipe, cache: Pat
     facts = {name: splits.facts[name] | {"tokens": length_facts(values, longest)} for name, values in lengths.items()}
     train, validation = encode("train"), encode("validation")
     return EncodedSplits(
-        train, validation, validation if split == "validation" else encode("test"), split, present[split], facts
+        train,
+        validation,
+        validation if split == "validation" else encode("test"),
+        split,
+        present[split],
+        splits.train,
+        facts,
     )
 
 
@@ -193,8 +208,10 @@ def _describe(files: Sequence[Path]) -> list[list[str]]:
     return [[file.name, file_digest(file)] for file in files]
 
 
-def _teacher_files(spec: object) -> list[list[str]]:
-    """A teacher that is no stage of this run."""
+def _foreign_files(spec: object) -> list[list[str]]:
+    """What a stage reads that is neither the run's data nor a stage: a teacher, a domain's texts."""
+    if isinstance(spec, PretrainSpec) and spec.texts != "task":
+        return _describe([Path(spec.texts)])
     if not isinstance(spec, FinetuneSpec) or not isinstance(spec.distill, DistillSpec):
         return []
     if spec.distill.teacher == "parent":
@@ -207,6 +224,6 @@ def _folders(recipe: Recipe, place: RunDirectory, start: str) -> tuple[StageFold
     folders: list[StageFolder] = []
     fingerprint = start
     for index, stage in enumerate(recipe.stages):
-        fingerprint = digest([stage.model_dump(mode="json"), fingerprint, *_teacher_files(stage_spec(stage))])
+        fingerprint = digest([stage.model_dump(mode="json"), fingerprint, *_foreign_files(stage_spec(stage))])
         folders.append(place.stage(index, stage_kind(stage), fingerprint))
     return tuple(folders)

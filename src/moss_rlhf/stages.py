@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moss_rlhf.finetuning import finetune
+from moss_rlhf.finetuning import finetune, pretrain
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.cost import macs_per_token
 from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten
@@ -18,6 +18,7 @@ from moss_rlhf.recipe import (
     DistillSpec,
     FinetuneSpec,
     NarrowSpec,
+    PretrainSpec,
     PruneSpec,
     QuantizeSpec,
     SensitivitySpec,
@@ -38,10 +39,11 @@ METHODS: Mapping[type, Callable[..., dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage may use besides its model: encoded rows, a seed, a place to keep its work, the teacher."""
+    """What a stage may use besides its model: encoded rows, those of train not encoded, a seed, a place to work, the teacher."""
 
     train: Any
     validation: Any
+    texts: Any
     seed: int
     work: Path
     teacher: Callable[[str], Model]
@@ -59,6 +61,8 @@ def apply_stage(spec: Any, model: Model, context: StageContext) -> Outcome:
     """Do one stage to `model`, in place."""
     if isinstance(spec, FinetuneSpec):
         return _finetune(spec, model, context)
+    if isinstance(spec, PretrainSpec):
+        return _pretrain(spec, model, context)
     fields = {name: getattr(spec, name) for name in type(spec).model_fields}
     facts = METHODS[type(spec)](model, context.train, **fields, seed=context.seed, progress=context.progress)
     return Outcome(facts, float(facts.pop("flops", 0.0)))
@@ -81,6 +85,25 @@ def _finetune(spec: FinetuneSpec, model: Model, context: StageContext) -> Outcom
     )
     asked = _teaching_flops(spec, teacher, context.train, training.facts["steps"]) if teacher else 0.0
     return Outcome(training.facts, training.flops + asked, training.history)
+
+
+def _pretrain(spec: PretrainSpec, model: Model, context: StageContext) -> Outcome:
+    fields = {name: _plain(getattr(spec, name)) for name in type(spec).model_fields if name != "texts"}
+    training = pretrain(
+        model,
+        _task_texts(model, context.texts) if spec.texts == "task" else spec.texts,
+        **fields,
+        seed=context.seed,
+        workspace=context.work,
+        progress=context.progress,
+    )
+    return Outcome(training.facts, training.flops, training.history)
+
+
+def _task_texts(model: Model, rows: Any) -> list[str]:
+    """Every text of the training rows, uncut: of a pair both."""
+    names = [column.name for column in TASKS[model.task].columns if column.kind == "text"]
+    return [text for name in names for text in rows[name][:]]
 
 
 def _teaching_flops(spec: FinetuneSpec, teacher: Model, rows: Any, steps: int) -> float:

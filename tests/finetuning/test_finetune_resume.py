@@ -34,6 +34,8 @@ def train_to_the_end(tiny_model, rows):
             prune(model, sparsity=0.5)
         if variant == "distilled":
             options["teacher"] = tiny_model(blocks=3)
+        if variant == "imitating":
+            options |= {"teacher": tiny_model(blocks=3, hidden=24), "distill": {"hidden": 1.0, "attention": 1.0}}
         if variant == "gradual":
             options |= {"unfreeze": "gradual", "layer_decay": 0.8, "schedule": "slanted_triangular"}
         if variant == "random order":
@@ -65,7 +67,9 @@ def _stopping(acting, step):
     return acting(act)
 
 
-@pytest.mark.parametrize("variant", ["plain", "random order", "gradual", "distilled", "pruned", "bfloat16"])
+@pytest.mark.parametrize(
+    "variant", ["plain", "random order", "gradual", "distilled", "imitating", "pruned", "bfloat16"]
+)
 def test_resumed_is_never_stopped(variant, train_to_the_end, acting, tmp_path):
     """Stopped twice: in the middle of the first epoch, and right after its end."""
     for step in (3, 6):

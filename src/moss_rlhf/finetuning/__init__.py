@@ -2,5 +2,6 @@
 
 from moss_rlhf.finetuning.finetune import Training, finetune
 from moss_rlhf.finetuning.layers import layer_learning_rates
+from moss_rlhf.finetuning.pretraining import pretrain
 
-__all__ = ["Training", "finetune", "layer_learning_rates"]
+__all__ = ["Training", "finetune", "layer_learning_rates", "pretrain"]

@@ -219,6 +219,8 @@ class Conductor(TrainerCallback):
         self.plan.companions.before_step(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for extra in self.plan.companions.extras():
+            extra.parameter.grad = None  # Trainer empties the gradients of the network alone
         self.plan.companions.after_step(state.global_step, self.trainer.rates)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:

@@ -3,6 +3,7 @@
 from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
 from moss_rlhf.recipe.data import DataSpec, SplitLayout
 from moss_rlhf.recipe.finetuning import DistillSpec, EarlyStoppingSpec, FinetuneSpec
+from moss_rlhf.recipe.pretraining import PretrainSpec
 from moss_rlhf.recipe.reading import apply_override, make_recipe, parse_yaml, read_recipe, recipe_values, recipe_yaml
 from moss_rlhf.recipe.schema import EvaluateSpec, Recipe, settle_distillation, stages_before_compression
 from moss_rlhf.recipe.stages import stage_kind, stage_spec
@@ -14,6 +15,7 @@ __all__ = [
     "EvaluateSpec",
     "FinetuneSpec",
     "NarrowSpec",
+    "PretrainSpec",
     "PruneSpec",
     "QuantizeSpec",
     "Recipe",
