@@ -39,7 +39,7 @@ METHODS: Mapping[type, Callable[..., dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage may use besides its model: encoded rows, those of train not encoded, a seed, a place to work, the teacher."""
+    """What a stage may use besides its model: encoded rows, train's own texts, a seed, a place to work, the teacher."""
 
     train: Any
     validation: Any

@@ -71,7 +71,8 @@ def chosen_spans(length: int, share: float, mean: float, random: np.random.Gener
 def _cut(total: int, parts: int, random: np.random.Generator) -> Ids:
     """`total` as a sum of `parts` whole numbers of at least 1, every such sum as likely as the others."""
     cuts = np.sort(random.permutation(total - 1)[: parts - 1]) + 1
-    return np.diff(np.concatenate([[0], cuts, [total]]))
+    sizes: Ids = np.diff(np.concatenate([[0], cuts, [total]]))
+    return sizes
 
 
 def spans_replaced(ids: Ids, chosen: Flags, sentinels: Sequence[int]) -> tuple[Ids, Ids]:

@@ -18,12 +18,13 @@ from safetensors.torch import load_model
 from transformers import TrainingArguments, set_seed
 
 from moss_rlhf.errors import DataError, Interrupted, ModelError
+from moss_rlhf.finetuning.adapters import Adapters
 from moss_rlhf.finetuning.companions import Companion, Companions, KeptZeros
 from moss_rlhf.finetuning.distillation import Teaching
 from moss_rlhf.finetuning.imitation import Imitation, Tutor
 from moss_rlhf.finetuning.layers import layer_groups, layer_learning_rates
 from moss_rlhf.finetuning.objective import Objective
-from moss_rlhf.finetuning.options import Distillation, EarlyStopping, option
+from moss_rlhf.finetuning.options import Adapter, Distillation, EarlyStopping, option
 from moss_rlhf.finetuning.sampling import EpochSampler
 from moss_rlhf.finetuning.timetable import Thaw, Unfreeze
 from moss_rlhf.finetuning.trainer import (
@@ -80,6 +81,7 @@ def finetune(
     precision: Precision = "auto",
     teacher: Model | None = None,
     distill: Distillation | Mapping[str, Any] | None = None,
+    adapter: Adapter | Mapping[str, Any] | None = None,
     seed: int = 0,
     workspace: Path | None = None,
     save_every_seconds: float = SAVE_EVERY_SECONDS,
@@ -92,6 +94,8 @@ def finetune(
     teacher             a model whose answers are learned too.
     distill             how, such as {"temperature": 2.0, "weight": 0.7, "hidden": 1.0, "attention": 1.0, "layers":
                         "auto"}; temperature and weight as here without it, and nothing of what the teacher does inside.
+    adapter             train adapters and the head instead, and merge them at the end, such as {"kind": "lora", "rank":
+                        8, "alpha": 16, "dropout": 0.05, "targets": "all-linear", "keep_zeros": False}.
     workspace           where to keep checkpoints; a training interrupted there resumes from its last one and ends in
                         the same bits. None: nothing is kept.
     raises              DataError where there are no rows; ModelError where the model is quantized, the teacher has
@@ -105,7 +109,9 @@ def finetune(
     stopping, progress = option(EarlyStopping, early_stopping, "early_stopping"), progress or Progress(quiet=True)
     steps_per_epoch = -(-len(train) // batch_size)
     steps = epochs * steps_per_epoch
-    groups = tuple(layer_groups(model.network))
+    asked = option(Adapter, adapter, "adapter")
+    adapters = Adapters(model, asked, seed) if asked else None
+    groups = adapters.groups if adapters else tuple(layer_groups(model.network))
     rates = tuple(layer_learning_rates(len(groups) - 2, learning_rate, layer_decay))
     bfloat16 = uses_bfloat16(precision)
     distillation = option(Distillation, distill, "distill")
@@ -116,7 +122,7 @@ def finetune(
         groups=groups,
         timetable=Thaw(rates, unfreeze, SCHEDULES[schedule], warmup, steps),
         objective=Objective(task, _teaching(task, teacher, tutor, distillation or Distillation())),
-        companions=Companions(_companions(model, tutor, distillation or Distillation(), learning_rate, seed)),
+        companions=Companions(_companions(model, tutor, distillation or Distillation(), adapters, learning_rate, seed)),
         weight_decay=weight_decay,
         evaluate_at=evaluation_steps(steps_per_epoch, epochs, evaluations_per_epoch),
         steps=steps,
@@ -124,7 +130,7 @@ def finetune(
         dimensions=model.dimensions,
     )
     sampler = EpochSampler(train["length"], batch_size, seed, length_bucketing)
-    with _folder(workspace) as folder:
+    with _folder(workspace) as folder, _taken_out(adapters):
         trainer = LayerwiseTrainer(
             plan=plan,
             evaluator=lambda: evaluate_loss(model, validation, task),
@@ -215,11 +221,17 @@ def _teaching(task: Task, teacher: Model | None, tutor: Tutor | None, options: D
 
 
 def _companions(
-    model: Model, tutor: Tutor | None, options: Distillation, learning_rate: float, seed: int
+    model: Model,
+    tutor: Tutor | None,
+    options: Distillation,
+    adapters: Adapters | None,
+    learning_rate: float,
+    seed: int,
 ) -> list[Companion]:
     """What goes along; what changes weights last comes last."""
     inside = [Imitation(model, tutor, options, learning_rate, seed)] if tutor and options.inside else []
-    return [*inside, KeptZeros(model.pruned)]
+    merging = [adapters] if adapters else []
+    return [*inside, *merging, KeptZeros(model.pruned)]
 
 
 def _collate(rows: Sequence[Mapping[str, Any]], model: Model, task: Task) -> dict[str, torch.Tensor]:
@@ -228,6 +240,16 @@ def _collate(rows: Sequence[Mapping[str, Any]], model: Model, task: Task) -> dic
         logits: NDArray[np.float32] = np.array([row["teacher_logits"] for row in rows], dtype=np.float32)
         batch["teacher_logits"] = torch.from_numpy(logits)
     return batch
+
+
+@contextmanager
+def _taken_out(adapters: Adapters | None) -> Iterator[None]:
+    """Whatever happens, no adapter stays in the network."""
+    try:
+        yield
+    finally:
+        if adapters:
+            adapters.detach()
 
 
 @contextmanager

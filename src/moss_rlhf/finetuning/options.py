@@ -41,6 +41,22 @@ class Distillation:
         return self.hidden > 0 or self.attention > 0
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """Train small matrices beside frozen ones (`adapters.py`).
+
+    targets      all-linear: every matrix of the blocks; attention; or names such as query, value.
+    keep_zeros   pruned weights are set to zero again after merging; without it pruned matrices are refused.
+    """
+
+    kind: Literal["lora", "rslora", "dora"] = "lora"
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    targets: Literal["all-linear", "attention"] | Sequence[str] = "all-linear"
+    keep_zeros: bool = False
+
+
 def option(kind: type[Options], value: Options | Mapping[str, Any] | None, name: str) -> Options | None:
     """`value` as a `kind`; None stays None.
 

@@ -295,8 +295,9 @@ class Matrix:
 
     @property
     def transposed(self) -> bool:
-        """GPT-2's Conv1D stores (in, out)."""
-        return type(self.module).__name__ == "Conv1D"
+        """GPT-2's Conv1D stores (in, out), under an adapter too."""
+        inner = dict(self.module.named_children()).get("base_layer", self.module)
+        return type(inner).__name__ == "Conv1D"
 
     @property
     def parameter(self) -> nn.Parameter:

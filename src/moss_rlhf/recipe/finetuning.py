@@ -42,6 +42,19 @@ class DistillSpec(Spec):
         return value
 
 
+class AdapterSpec(Spec):
+    """Train small matrices beside frozen ones, merged at the end (peft)."""
+
+    kind: Literal["lora", "rslora", "dora"] = "lora"
+    rank: Positive = 8
+    alpha: float = Field(16.0, gt=0, description="scale: alpha / rank; of rslora alpha / √rank")
+    dropout: float = Field(0.05, ge=0, lt=1)
+    targets: Literal["all-linear", "attention"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "all-linear", description="every matrix of the blocks; those of attention; or names such as query"
+    )
+    keep_zeros: bool = Field(False, description="set pruned weights to zero again after merging; else refused")
+
+
 class FinetuneSpec(Spec):
     """Train on the task's labels; the best checkpoint on validation is kept."""
 
@@ -65,6 +78,8 @@ class FinetuneSpec(Spec):
         description="a teacher; auto: the parent after a compressing stage, where its head was trained; none",
         json_schema_extra=allow_none,
     )
+
+    adapter: AdapterSpec | None = None
 
     @field_validator("distill", mode="before")
     @classmethod
