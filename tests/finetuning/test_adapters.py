@@ -37,7 +37,7 @@ def _stirred(model, options):
     for group in adapters.groups:
         for name, parameter in group.parameters:
             if "lora_B" in name:
-                parameter.data.normal_(0, 0.3)
+                parameter.data.normal_(0, 0.1)
     return adapters
 
 

@@ -37,6 +37,7 @@ def _open(path: str | Path, field: str) -> Source:
 
 def _texts(source: Source, field: str) -> Iterator[str]:
     records = source.records()
+    found: Iterator[str]
     if isinstance(source, FileSource) and source.kind == "txt":
         found = (source.delimiter.join(map(str, record.cells)) for record in _sound(records, source, field))
     else:

@@ -96,4 +96,5 @@ def _with_sentinels(ids: Ids, gone: Flags, sentinels: Sequence[int], closing: bo
 def infilled(ids: Ids, chosen: Flags, mask: int) -> Ids:
     """The row with each run of chosen tokens replaced by one mask token."""
     begins = chosen & ~np.concatenate([[False], chosen[:-1]])
-    return np.where(begins, mask, ids)[~chosen | begins]
+    shown: Ids = np.where(begins, mask, ids)[~chosen | begins]
+    return shown

@@ -59,7 +59,7 @@ def relation_loss(student: Tensor, teacher: Tensor, heads: int, inside: Tensor, 
 
 def _log_relations(part: Tensor, heads: int, inside: Tensor, causal: bool) -> Tensor:
     """(rows, heads, length, length) log-probabilities."""
-    split = part.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+    split = part.float().view(*part.shape[:-1], heads, -1).transpose(1, 2)
     scores = split @ split.transpose(-1, -2) / math.sqrt(split.shape[-1])
     allowed = inside[:, None, None, :].expand_as(scores)
     if causal:

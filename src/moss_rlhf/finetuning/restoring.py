@@ -76,7 +76,7 @@ def kind_for(objective: str, family_kind: str, words: Words) -> Kind:
         )
     if lack := lacking(objective, words):
         raise ModelError(f"pretrain.objective: {objective} needs {lack}, which the model's vocabulary lacks.")
-    return objective  # type: ignore[return-value]  # one of them by now
+    return objective
 
 
 def lacking(kind: str, words: Words) -> str:

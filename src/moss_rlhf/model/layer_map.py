@@ -63,7 +63,7 @@ def _mapped(student: Sequence[Origin], teacher: Sequence[Origin], layers: str) -
 
 def _stacks(anatomy: Anatomy) -> Mapping[str, list[Origin]]:
     """Where every layer of each stack stood; ALBERT's one block is as many layers as it is gone through."""
-    found = {}
+    found: dict[str, list[Origin]] = {}
     for part in anatomy.family.stacks:
         blocks = anatomy.stack(part.name) * anatomy.repeats
         found[part.name] = [block.origin or Origin(index, len(blocks)) for index, block in enumerate(blocks)]
