@@ -4,6 +4,7 @@ run(recipe)          the whole story: a recipe, a path to one, or a mapping → 
 load(path)           a checkpoint → Model with .network, .tokenizer, .task; load(id, labels=[…]): a pretrained one
 save(model, path)    a checkpoint that stands alone
 Recipe               the recipe's type
+from_scratch(config, texts)   a model whose tokenizer is learned and whose weights are drawn, to be pretrained
 prune, narrow, shorten, trim_vocabulary, quantize, sensitivity, pretrain, finetune, evaluate, export
                      each on a Model in memory, without a recipe
 """
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moss_rlhf.evaluation import evaluate
     from moss_rlhf.exporting import export
-    from moss_rlhf.finetuning import finetune, pretrain
+    from moss_rlhf.finetuning import finetune, from_scratch, pretrain
     from moss_rlhf.model.checkpoint import Model
     from moss_rlhf.model.checkpoint import save_checkpoint as save
     from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten, trim_vocabulary
@@ -30,6 +31,7 @@ _HOMES = {
     "evaluate": ("moss_rlhf.evaluation", "evaluate"),
     "export": ("moss_rlhf.exporting", "export"),
     "finetune": ("moss_rlhf.finetuning", "finetune"),
+    "from_scratch": ("moss_rlhf.finetuning", "from_scratch"),
     "load": ("moss_rlhf.tasks.loading", "load"),
     "narrow": ("moss_rlhf.optimization", "narrow"),
     "pretrain": ("moss_rlhf.finetuning", "pretrain"),
@@ -56,6 +58,7 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "from_scratch",
     "load",
     "narrow",
     "pretrain",

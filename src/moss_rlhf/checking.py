@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -173,11 +174,27 @@ def check_stages(recipe: Recipe, place: Path) -> None:
             raise RecipeError(f"{field}.scheme: int4 can't be exported to ONNX. Give int8, or leave export out.")
         if isinstance(spec, ShortenSpec) and family_of(config["model_type"]).shared:
             raise RecipeError(f"{field}: the layers of a {config['model_type']} share one block.")
+        if isinstance(spec, FinetuneSpec) and spec.adapter:
+            _check_adapter(recipe, index, config, f"{field}.adapter")
         if isinstance(spec, PretrainSpec):
             _check_pretraining(recipe, index, config, field)
         if isinstance(spec, FinetuneSpec) and isinstance(spec.distill, DistillSpec):
             _check_teacher(recipe, index, spec.distill.teacher, config, f"{field}.distill.teacher")
             _check_layers(spec.distill, depths, stages_before_compression(recipe), f"{field}.distill.layers")
+
+
+def _check_adapter(recipe: Recipe, index: int, config: dict[str, Any], field: str) -> None:
+    """Whether peft is there, and merging would undo no pruning that is to stay."""
+    if importlib.util.find_spec("peft") is None:
+        raise MachineError(f"{field}: peft is not installed. Install it with: pip install 'moss-rlhf[adapters]'.")
+    pruned = config.get(KEY, {}).get("pruned") or any(
+        isinstance(stage_spec(stage), PruneSpec) for stage in recipe.stages[:index]
+    )
+    if pruned and not stage_spec(recipe.stages[index]).adapter.keep_zeros:
+        raise RecipeError(
+            f"{field}: the model is pruned, and merging adapters into it would undo that. Set keep_zeros: true, which "
+            "sets the zeros again after merging, or leave adapter out."
+        )
 
 
 def _check_pretraining(recipe: Recipe, index: int, config: dict[str, Any], field: str) -> None:

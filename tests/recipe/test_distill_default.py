@@ -99,3 +99,32 @@ def test_the_schema_knows_none():
 
     schema = json.dumps(Recipe.model_json_schema()["$defs"]["FinetuneSpec"]["properties"]["distill"])
     assert '"const": "none"' in schema
+
+
+def test_specs_are_the_methods_arguments():
+    """A field is a keyword of the method, or of its options, with the same default."""
+    import dataclasses
+    import inspect
+
+    from moss_rlhf.finetuning import finetune, pretrain
+    from moss_rlhf.finetuning.options import Adapter, Distillation
+    from moss_rlhf.recipe import FinetuneSpec, PretrainSpec
+    from moss_rlhf.recipe.finetuning import AdapterSpec
+
+    for spec, method, apart in ((FinetuneSpec, finetune, {"distill"}), (PretrainSpec, pretrain, {"texts"})):
+        keywords = inspect.signature(method).parameters
+        for name, field in spec.model_fields.items():
+            assert name in keywords
+            assert name in apart or keywords[name].default == field.default, name
+    for spec, options, apart in ((DistillSpec, Distillation, {"teacher"}), (AdapterSpec, Adapter, set())):
+        defaults = {field.name: field.default for field in dataclasses.fields(options)}
+        assert {name: field.default for name, field in spec.model_fields.items() if name not in apart} == defaults
+
+
+def test_an_adapter_in_a_pruned_model(tiny_checkpoint):
+    place = tiny_checkpoint("bert")
+    with pytest.raises(RecipeError, match=r"stages\.2\.finetune\.adapter: the model is pruned"):
+        check_stages(_recipe("finetune", PRUNE, {"finetune": {"adapter": {}}}, model=place), place)
+    check_stages(_recipe("finetune", PRUNE, {"finetune": {"adapter": {"keep_zeros": True}}}, model=place), place)
+    with pytest.raises(RecipeError, match=r"stages\.0\.finetune\.adapter\.targets"):
+        _recipe({"finetune": {"adapter": {"targets": "everything"}}})
