@@ -63,6 +63,7 @@ def learned_tokenizer(texts: Sequence[str], kind: str, vocabulary: int, longest:
     named = _TOKENS[kind]
     sentinels = [f"<extra_id_{index}>" for index in range(_SENTINELS)] if kind == "encoder-decoder" else []
     special = [*named.values(), *sentinels]
+    trainer: Any
     if kind == "encoder":
         tokenizer = Tokenizer(models.WordPiece(unk_token=named["unk"]))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
