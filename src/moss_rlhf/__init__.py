@@ -4,8 +4,9 @@ run(recipe)          the whole story: a recipe, a path to one, or a mapping → 
 load(path)           a checkpoint → Model with .network, .tokenizer, .task; load(id, labels=[…]): a pretrained one
 save(model, path)    a checkpoint that stands alone
 Recipe               the recipe's type
-prune, narrow, shorten, trim_vocabulary, quantize, sensitivity, finetune, fit_temperature, evaluate,
-export
+from_scratch(config, texts)   a model whose tokenizer is learned and whose weights are drawn, to be pretrained
+prune, narrow, shorten, trim_vocabulary, quantize, sensitivity, pretrain, finetune, fit_temperature,
+evaluate, export
                      each on a Model in memory, without a recipe
 """
 
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moss_rlhf.evaluation import evaluate, fit_temperature
     from moss_rlhf.exporting import export
-    from moss_rlhf.finetuning import finetune
+    from moss_rlhf.finetuning import finetune, from_scratch, pretrain
     from moss_rlhf.model.checkpoint import Model
     from moss_rlhf.model.checkpoint import save_checkpoint as save
     from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten, trim_vocabulary
@@ -32,8 +33,10 @@ _HOMES = {
     "export": ("moss_rlhf.exporting", "export"),
     "fit_temperature": ("moss_rlhf.evaluation", "fit_temperature"),
     "finetune": ("moss_rlhf.finetuning", "finetune"),
+    "from_scratch": ("moss_rlhf.finetuning", "from_scratch"),
     "load": ("moss_rlhf.tasks.loading", "load"),
     "narrow": ("moss_rlhf.optimization", "narrow"),
+    "pretrain": ("moss_rlhf.finetuning", "pretrain"),
     "prune": ("moss_rlhf.optimization", "prune"),
     "quantize": ("moss_rlhf.optimization", "quantize"),
     "run": ("moss_rlhf.pipeline", "run"),
@@ -58,8 +61,10 @@ __all__ = [
     "export",
     "finetune",
     "fit_temperature",
+    "from_scratch",
     "load",
     "narrow",
+    "pretrain",
     "prune",
     "quantize",
     "run",

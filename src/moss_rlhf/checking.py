@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import math
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from moss_rlhf.data import DataCheck, check_data
+from moss_rlhf.data.texts import read_texts
 from moss_rlhf.errors import MachineError, ModelError, RecipeError, nearest
 from moss_rlhf.model.anatomy import FAMILIES, BlockShape, family_of
 from moss_rlhf.model.config import (
@@ -42,19 +44,23 @@ from moss_rlhf.model.cost import (
     training_flops,
     units_kept,
 )
+from moss_rlhf.model.layer_map import refuse_pair
 from moss_rlhf.model.locate import locate, read_header, weight_files
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import (
     RATES,
     AugmentSpec,
     CacheSpec,
+    DistillSpec,
     FinetuneSpec,
     NarrowSpec,
+    PretrainSpec,
     PruneSpec,
     QuantizeSpec,
     Recipe,
     SensitivitySpec,
     ShortenSpec,
+    settle_distillation,
     stage_kind,
     stage_spec,
     stages_before_compression,
@@ -70,6 +76,7 @@ _EFFICIENCY = 0.5  # of a plain matrix product's speed, reached in training (doc
 _LIBRARY_BYTES = 1100 * 2**20  # torch, transformers, datasets, and what their allocators keep (measured)
 _CHECKPOINT_BYTES = 28  # a parameter's share of two resume states (weights and two moments) and the best weights
 _EVERY_TOKEN = ("embeddings_project.weight", "embedding_hidden_mapping_in.weight", "encoder.conv.conv.weight")
+_BYTES_A_TOKEN = 4.5  # of English text, the space included
 _REPLAYS = 2  # passes through each block: to measure what enters it, and to hand on what leaves it changed
 _TRAINING_COST = 3  # a forward and a backward, in forwards
 
@@ -123,6 +130,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     """
     place = locate(recipe.model)
     config = read_config(place)
+    asked, recipe = recipe, settled(recipe)
     check_stages(recipe, place)
     check_output(recipe, place)
     task = TASKS[recipe.task]
@@ -139,8 +147,20 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     state = _initial_state(place, config, len(data.labels))
     rows = {split: facts["rows"] for split, facts in data.facts.items()}
     stages = tuple(_forecasts(recipe, state, config, rows, tokens["train"]["mean"], longest))
-    notes = tuple(_cache_notes(recipe, state, config, rows["train"], tokens["train"]["mean"]))
+    notes = [*_cache_notes(recipe, state, config, rows["train"], tokens["train"]["mean"]), *_decided(asked, recipe)]
     return Check(data, tokens, state.parameters, stages, (*data.notes, *notes))
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with what depends on the model decided: whether `distill: auto` finds a parent that was trained."""
+    serves = not TASKS[recipe.task].has_classes or trained_labels(read_config(locate(recipe.model))) is not None
+    return settle_distillation(recipe, serves)
+
+
+def _decided(asked: Recipe, recipe: Recipe) -> Iterator[str]:
+    for index, (before, after) in enumerate(zip(asked.stages, recipe.stages, strict=True)):
+        if before != after and stage_spec(after).distill is not None:
+            yield f"stages.{index}.finetune learns from its parent (distill: auto; none turns it off)."
 
 
 def check_stages(recipe: Recipe, place: Path) -> None:
@@ -158,9 +178,11 @@ def check_stages(recipe: Recipe, place: Path) -> None:
         read_header(file)  # says which file is broken
     refuse_foreign_grid(config, place)
     shapes = block_shapes(config)
+    depths: list[int] = []  # as each stage finds it
     quantized = config.get(KEY, {}).get("quantization")
     for index, stage in enumerate(recipe.stages):
         field, spec = f"stages.{index}.{stage_kind(stage)}", stage_spec(stage)
+        depths.append(_layers(shapes, config))
         if quantized:
             raise ModelError(f"{field}: {place} is quantized already; give the checkpoint from before quantization.")
         shapes = _shapes_after(spec, shapes, field, config)
@@ -171,14 +193,27 @@ def check_stages(recipe: Recipe, place: Path) -> None:
         if isinstance(spec, ShortenSpec) and family.shared:
             raise RecipeError(f"{field}: the layers of a {config['model_type']} share one block.")
         if isinstance(spec, FinetuneSpec):
-            _check_metric(spec.metric, recipe.task, f"{field}.metric")
-            _check_layers(recipe, index, shapes, config, field)
-            if spec.layers == "by_damage":
-                _check_damage(recipe, index, place, field)
-        if isinstance(spec, FinetuneSpec) and spec.distill:
-            _check_teacher(recipe, index, spec.distill.teacher, config, f"{field}.distill.teacher")
+            _check_finetuning(recipe, index, shapes, depths, place)
+        if isinstance(spec, PretrainSpec):
+            _check_pretraining(recipe, index, config, field)
     if "compressed-tensors" in recipe.export:
         _check_compressed_tensors(recipe, shapes, config)
+
+
+def _check_finetuning(
+    recipe: Recipe, index: int, shapes: tuple[BlockShape, ...], depths: Sequence[int], place: Path
+) -> None:
+    """Whether a fine-tuning finds its metric, groups, damage, adapters and teacher; `depths` up to this stage."""
+    spec, config, field = stage_spec(recipe.stages[index]), read_config(place), f"stages.{index}.finetune"
+    _check_metric(spec.metric, recipe.task, f"{field}.metric")
+    _check_layers(recipe, index, shapes, config, field)
+    if spec.layers == "by_damage":
+        _check_damage(recipe, index, place, field)
+    if spec.adapter:
+        _check_adapter(recipe, index, config, f"{field}.adapter")
+    if isinstance(spec.distill, DistillSpec):
+        _check_teacher(recipe, index, spec.distill.teacher, config, f"{field}.distill.teacher")
+        _check_layer_map(spec.distill, depths, stages_before_compression(recipe), f"{field}.distill.layers")
 
 
 def _check_compressed_tensors(recipe: Recipe, shapes: tuple[BlockShape, ...], config: dict[str, Any]) -> None:
@@ -241,6 +276,54 @@ def _check_damage(recipe: Recipe, index: int, place: Path, field: str) -> None:
             f"{field}.layers: by_damage, but sensitivity was measured before a shorten stage removed blocks. Put "
             "`- sensitivity` after it."
         )
+
+
+def _check_adapter(recipe: Recipe, index: int, config: dict[str, Any], field: str) -> None:
+    """Whether peft is there, and merging would undo no pruning that is to stay."""
+    if importlib.util.find_spec("peft") is None:
+        raise MachineError(f"{field}: peft is not installed. Install it with: pip install 'moss-rlhf[adapters]'.")
+    pruned = config.get(KEY, {}).get("pruned") or any(
+        isinstance(stage_spec(stage), PruneSpec) for stage in recipe.stages[:index]
+    )
+    if pruned and not stage_spec(recipe.stages[index]).adapter.keep_zeros:
+        raise RecipeError(
+            f"{field}: the model is pruned, and merging adapters into it would undo that. Set keep_zeros: true, which "
+            "sets the zeros again after merging, or leave adapter out."
+        )
+
+
+def _check_pretraining(recipe: Recipe, index: int, config: dict[str, Any], field: str) -> None:
+    """Whether there are texts to read, and the model still has the hidden size that a language model's head fits."""
+    spec = stage_spec(recipe.stages[index])
+    if spec.texts != "task":
+        read_texts(spec.texts, f"{field}.texts", limit=1)
+    narrowed = any(
+        isinstance(before, NarrowSpec) and before.hidden for before in map(stage_spec, recipe.stages[:index])
+    )
+    if narrowed or hidden_size(config) != config[family_of(config["model_type"]).hidden]:
+        raise RecipeError(
+            f"{field}: the hidden size is narrowed before it, and a language model's head fits the whole one. Put "
+            "pretrain before the stage that narrows it."
+        )
+
+
+def _layers(shapes: Sequence[BlockShape], config: dict[str, Any]) -> int:
+    """ALBERT's one block is as many layers as it is gone through."""
+    family = family_of(config["model_type"])
+    return int(config[family.stacks[0].layers]) if family.shared else len(shapes)
+
+
+def _check_layer_map(spec: DistillSpec, depths: Sequence[int], parent: int, field: str) -> None:
+    """Whether pairs of layers name layers; `depths` up to this stage."""
+    if isinstance(spec.layers, str):
+        return
+    if spec.teacher == "parent":
+        deep = depths[parent]
+    else:
+        config = read_config(locate(spec.teacher))
+        deep = _layers(block_shapes(config), config)
+    for pair in spec.layers:
+        refuse_pair(pair, depths[-1], deep, field)
 
 
 def _shapes_after(
@@ -308,7 +391,7 @@ def _check_metric(name: str | None, task: str, field: str) -> None:
 
 def _check_teacher(recipe: Recipe, index: int, teacher: str, config: dict[str, Any], field: str) -> None:
     if teacher != "parent":
-        locate(teacher)
+        _check_vocabulary(locate(recipe.model), locate(teacher), field)
         return
     parent = stages_before_compression(recipe)
     if index < parent:
@@ -323,13 +406,41 @@ def _check_teacher(recipe: Recipe, index: int, teacher: str, config: dict[str, A
         )
 
 
+def _check_vocabulary(place: Path, teacher: Path, field: str) -> None:
+    """Whether a teacher reads the same words, as far as tokenizer.json tells; loaded, both are compared again."""
+    own, other = (_vocabulary(folder) for folder in (place, teacher))
+    if own and other and own != other:
+        raise ModelError(
+            f"{field}: the tokenizer of {teacher} has another vocabulary ({len(other)} tokens, the model's "
+            f"{len(own)}), so it would read other words than the model. Give a teacher with the same tokenizer."
+        )
+
+
+def _vocabulary(place: Path) -> dict[str, int]:
+    """{token: id} of a tokenizer.json; empty where there is none."""
+    file = place / "tokenizer.json"
+    if not file.exists():
+        return {}
+    try:
+        tokenizer = json.loads(file.read_text(encoding="utf-8"))
+        words = tokenizer["model"]["vocab"]
+        pieces = words if isinstance(words, dict) else {piece: index for index, (piece, _) in enumerate(words)}
+        return dict(pieces) | {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model: {file} is broken ({error}). Fetch or save the checkpoint again.") from None
+
+
 def check_labels(recipe: Recipe, config: dict[str, Any], labels: Sequence[str]) -> None:
     """A checkpoint of ours serves the labels it was trained for, a teacher knows the same, and weights are for them."""
     for index, stage in enumerate(recipe.stages):
         spec = stage_spec(stage)
         if isinstance(spec, FinetuneSpec) and spec.loss and isinstance(spec.loss.class_weights, dict):
             _check_weights(spec.loss.class_weights, labels, f"stages.{index}.finetune.loss.class_weights")
-        if isinstance(spec, FinetuneSpec) and spec.distill and spec.distill.teacher != "parent":
+        if (
+            isinstance(spec, FinetuneSpec)
+            and isinstance(spec.distill, DistillSpec)
+            and spec.distill.teacher != "parent"
+        ):
             taught = trained_labels(read_config(locate(spec.distill.teacher)))
             if taught is None or set(taught) != set(labels):
                 raise ModelError(
@@ -378,7 +489,7 @@ def trains_on_copies(augment: AugmentSpec | None, spec: object) -> bool:
     """Whether a stage trains on the augmented copies: every fine-tuning, or only those with a teacher."""
     if augment is None or not isinstance(spec, FinetuneSpec):
         return False
-    return augment.use == "always" or spec.distill is not None
+    return augment.use == "always" or isinstance(spec.distill, DistillSpec)
 
 
 def _check_weights(weights: Mapping[str, float], labels: Sequence[str], field: str) -> None:
@@ -471,7 +582,9 @@ def _forecasts(
             recipe.data.augment.copies if recipe.data.augment and trains_on_copies(recipe.data.augment, spec) else 0
         )
         trained = rows | {"train": rows["train"] * (1 + copies)}
-        flops, memory = _work(spec, state, trained, length, longest)
+        pretrained = isinstance(spec, PretrainSpec)
+        work = _reading(spec, state, rows, length) if pretrained else _work(spec, state, trained, length, longest)
+        flops, memory = work
         state = state.with_shapes(_shapes_after(spec, state.shapes, stage_kind(stage), config))
         macs = macs_per_token(state.dimensions, length)
         forecasts.append(Forecast(stage_kind(stage), state.parameters, macs, flops / rate, memory, flops))
@@ -590,6 +703,19 @@ def _measurements(spec: PruneSpec | QuantizeSpec) -> int:
         return int(spec.method != "magnitude")
     scaling = spec.smooth > 0 or spec.method == "awq"
     return int(scaling) + int(spec.method == "gptq" or spec.scheme == "int8_static")
+
+
+def _reading(spec: PretrainSpec, state: _State, rows: dict[str, int], length: float) -> tuple[float, int]:
+    """Operations and peak bytes of pretraining, the language model's head left out."""
+    tokens = spec.epochs * _text_tokens(spec, rows["train"] * length)
+    batch = spec.batch_size * spec.max_length
+    memory = training_bytes(state.parameters, state.dimensions.hidden, len(state.shapes), batch)
+    return training_flops(state.dimensions, spec.max_length, tokens), _LIBRARY_BYTES + memory
+
+
+def _text_tokens(spec: PretrainSpec, of_task: float) -> float:
+    """Tokens of an epoch; of a file about one in four bytes, in what it says of its size."""
+    return of_task if spec.texts == "task" else Path(spec.texts).stat().st_size / _BYTES_A_TOKEN
 
 
 def _multiplication_rate() -> float:

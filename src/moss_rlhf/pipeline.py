@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moss_rlhf.checking import settled
 from moss_rlhf.evaluation import PeakMemory, describe_machine, versions
 from moss_rlhf.exporting import export_compressed_tensors, export_onnx
 from moss_rlhf.files import copy_directory, read_json, write_json, write_text
@@ -30,7 +31,7 @@ def run(
     fresh    start over instead of going on from the stages that are finished.
     raises   UserError where the recipe, data, model or machine can't do it; Interrupted after Ctrl-C, resumable.
     """
-    recipe, progress = _as_recipe(recipe), progress or Progress(quiet=True)
+    recipe, progress = settled(_as_recipe(recipe)), progress or Progress(quiet=True)
     quiet_libraries()
     with open_run(Path(recipe.output), fresh) as place:
         write_text(place.path / "recipe.yaml", recipe_yaml(recipe))
@@ -84,7 +85,9 @@ def _do_stage(session: Session, index: int) -> dict[str, Any]:
     model, rows, started = session.model_after(index), session.rows, time.monotonic()
     spec, seed = stage_spec(stage), session.recipe.seed
     train = session.rows_to_train(spec)
-    context = StageContext(train, rows.train, rows.validation, seed, folder.work, session.teacher, progress)
+    context = StageContext(
+        train, rows.train, rows.validation, rows.train_texts, seed, folder.work, session.teacher, progress
+    )
     with PeakMemory() as peak:
         outcome = apply_stage(spec, model, context)
     seconds = outcome.facts.pop("seconds", time.monotonic() - started)

@@ -25,7 +25,16 @@ from moss_rlhf.model.config import position_limit, read_config, trained_labels
 from moss_rlhf.model.locate import locate, weight_files
 from moss_rlhf.model.runtime import Batch, usable_cores
 from moss_rlhf.progress import Progress
-from moss_rlhf.recipe import FinetuneSpec, Recipe, recipe_values, stage_kind, stage_spec, stages_before_compression
+from moss_rlhf.recipe import (
+    DistillSpec,
+    FinetuneSpec,
+    PretrainSpec,
+    Recipe,
+    recipe_values,
+    stage_kind,
+    stage_spec,
+    stages_before_compression,
+)
 from moss_rlhf.rundir import RunDirectory, StageFolder
 from moss_rlhf.tasks import TASKS, Task
 from moss_rlhf.tasks.batching import batches_of, padding_of
@@ -42,6 +51,7 @@ class EncodedSplits:
     """Tokenized rows. `evaluation` is test where there is one, else validation; `texts` are its rows, not tokenized.
 
     `augmented` are the training rows with their changed copies behind them; without any, the training rows.
+    train_texts   the rows of train, not tokenized.
     """
 
     train: Any
@@ -50,6 +60,7 @@ class EncodedSplits:
     evaluation: Any
     evaluation_split: str
     texts: Any
+    train_texts: Any
     facts: dict[str, dict[str, Any]]
 
 
@@ -82,7 +93,11 @@ class Session:
     @property
     def head_is_trained(self) -> bool:
         """Whether the parent's head was ever trained for these labels."""
-        return self.parent > 0 or trained_labels(read_config(self.source)) == self.labels
+        before = self.recipe.stages[: self.parent]
+        return (
+            any(stage_kind(stage) == "finetune" for stage in before)
+            or trained_labels(read_config(self.source)) == self.labels
+        )
 
     @property
     def caveats(self) -> list[str]:
@@ -181,7 +196,7 @@ def _encode(
         facts["train"] = facts["train"] | {"augmented": augmentation.facts}
     augmented = concatenate_datasets([train, *map(encode, copies)]) if copies else train
     evaluation = validation if split == "validation" else encode("test")
-    return EncodedSplits(train, augmented, validation, evaluation, split, present[split], facts)
+    return EncodedSplits(train, augmented, validation, evaluation, split, present[split], splits.train, facts)
 
 
 def _start_fingerprint(
@@ -209,9 +224,13 @@ def _describe(files: Sequence[Path]) -> list[list[str]]:
     return [[file.name, file_digest(file)] for file in files]
 
 
-def _teacher_files(spec: object) -> list[list[str]]:
-    """A teacher that is no stage of this run."""
-    if not isinstance(spec, FinetuneSpec) or spec.distill is None or spec.distill.teacher == "parent":
+def _foreign_files(spec: object) -> list[list[str]]:
+    """What a stage reads that is neither the run's data nor a stage: a teacher, a domain's texts."""
+    if isinstance(spec, PretrainSpec) and spec.texts != "task":
+        return _describe([Path(spec.texts)])
+    if not isinstance(spec, FinetuneSpec) or not isinstance(spec.distill, DistillSpec):
+        return []
+    if spec.distill.teacher == "parent":
         return []
     place = locate(spec.distill.teacher)
     return _describe([*weight_files(place), place / "config.json"])
@@ -221,6 +240,6 @@ def _folders(recipe: Recipe, place: RunDirectory, start: str) -> tuple[StageFold
     folders: list[StageFolder] = []
     fingerprint = start
     for index, stage in enumerate(recipe.stages):
-        fingerprint = digest([stage.model_dump(mode="json"), fingerprint, *_teacher_files(stage_spec(stage))])
+        fingerprint = digest([stage.model_dump(mode="json"), fingerprint, *_foreign_files(stage_spec(stage))])
         folders.append(place.stage(index, stage_kind(stage), fingerprint))
     return tuple(folders)

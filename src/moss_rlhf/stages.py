@@ -9,20 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from moss_rlhf.finetuning import finetune
+from moss_rlhf.finetuning import finetune, pretrain
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.cost import macs_per_token
 from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import (
+    DistillSpec,
     FinetuneSpec,
     NarrowSpec,
+    PretrainSpec,
     PruneSpec,
     QuantizeSpec,
     SensitivitySpec,
     ShortenSpec,
 )
 from moss_rlhf.recipe.spec import Spec
+from moss_rlhf.tasks import TASKS
 
 METHODS: Mapping[type, Callable[..., dict[str, Any]]] = {
     NarrowSpec: narrow,
@@ -36,7 +39,7 @@ METHODS: Mapping[type, Callable[..., dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage may use besides its model: encoded rows, a seed, a place to keep its work, the teacher.
+    """What a stage may use besides its model: encoded rows, train's own texts, a seed, a place to work, the teacher.
 
     `train` are the rows that a fine-tuning trains on, changed copies included; `measured` those that the network is
     measured on, which are as they came.
@@ -45,6 +48,7 @@ class StageContext:
     train: Any
     measured: Any
     validation: Any
+    texts: Any
     seed: int
     work: Path
     teacher: Callable[[str], Model]
@@ -62,15 +66,17 @@ def apply_stage(spec: Any, model: Model, context: StageContext) -> Outcome:
     """Do one stage to `model`, in place."""
     if isinstance(spec, FinetuneSpec):
         return _finetune(spec, model, context)
+    if isinstance(spec, PretrainSpec):
+        return _pretrain(spec, model, context)
     fields = {name: getattr(spec, name) for name in type(spec).model_fields}
     facts = METHODS[type(spec)](model, context.measured, **fields, seed=context.seed, progress=context.progress)
     return Outcome(facts, float(facts.pop("flops", 0.0)))
 
 
 def _finetune(spec: FinetuneSpec, model: Model, context: StageContext) -> Outcome:
-    teacher = context.teacher(spec.distill.teacher) if spec.distill else None
+    teacher = context.teacher(spec.distill.teacher) if isinstance(spec.distill, DistillSpec) else None
     fields = {name: _plain(getattr(spec, name)) for name in type(spec).model_fields}
-    if spec.distill:
+    if teacher:
         fields["distill"] = {name: value for name, value in fields["distill"].items() if name != "teacher"}
     training = finetune(
         model,
@@ -82,8 +88,37 @@ def _finetune(spec: FinetuneSpec, model: Model, context: StageContext) -> Outcom
         workspace=context.work,
         progress=context.progress,
     )
-    asked = _forward_flops(teacher, context.train, len(context.train)) if teacher else 0.0
+    asked = _teaching_flops(spec, teacher, context.train, training.facts["steps"]) if teacher else 0.0
     return Outcome(training.facts, training.flops + asked, training.history)
+
+
+def _pretrain(spec: PretrainSpec, model: Model, context: StageContext) -> Outcome:
+    fields = {name: _plain(getattr(spec, name)) for name in type(spec).model_fields if name != "texts"}
+    training = pretrain(
+        model,
+        _task_texts(model, context.texts) if spec.texts == "task" else spec.texts,
+        **fields,
+        seed=context.seed,
+        workspace=context.work,
+        progress=context.progress,
+    )
+    return Outcome(training.facts, training.flops, training.history)
+
+
+def _task_texts(model: Model, rows: Any) -> list[str]:
+    """Every text of the training rows, uncut: of a pair both."""
+    names = [column.name for column in TASKS[model.task].columns if column.kind == "text"]
+    return [text for name in names for text in rows[name][:]]
+
+
+def _teaching_flops(spec: FinetuneSpec, teacher: Model, rows: Any, steps: int) -> float:
+    """A classifier's teacher answers every row once; a language model's, and for what it does inside, at every step."""
+    classes = TASKS[teacher.task].has_classes
+    live = not classes or (
+        isinstance(spec.distill, DistillSpec) and bool(spec.distill.hidden or spec.distill.attention)
+    )
+    count = len(rows) * classes + (steps * spec.batch_size if live else 0)
+    return _forward_flops(teacher, rows, count)
 
 
 def _plain(value: Any) -> Any:

@@ -34,6 +34,8 @@ def train_to_the_end(tiny_model, rows):
             prune(model, sparsity=0.5)
         if variant == "distilled":
             options["teacher"] = tiny_model(blocks=3)
+        if variant == "imitating":
+            options |= {"teacher": tiny_model(blocks=3, hidden=24), "distill": {"hidden": 1.0, "attention": 1.0}}
         if variant == "gradual":
             options |= {"unfreeze": "gradual", "layer_decay": 0.8, "schedule": "slanted_triangular"}
         if variant == "random order":
@@ -78,7 +80,7 @@ def _stopping(acting, step):
     return acting(act)
 
 
-VARIANTS = ["plain", "random order", "gradual", "distilled", "pruned", "bfloat16"]
+VARIANTS = ["plain", "random order", "gradual", "distilled", "imitating", "pruned", "bfloat16"]
 VARIANTS += ["adam", "sgd", "adafactor", "penalties", "plateau", "movement", "soft movement", "rounded"]
 
 

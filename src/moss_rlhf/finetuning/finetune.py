@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,25 @@ import torch
 from numpy.typing import NDArray
 
 from moss_rlhf.errors import DataError, ModelError, RecipeError
+from moss_rlhf.finetuning.adapters import Adapters
 from moss_rlhf.finetuning.companions import Companion, Companions, KeptZeros
 from moss_rlhf.finetuning.compiling import Compile
+from moss_rlhf.finetuning.imitation import Imitation
 from moss_rlhf.finetuning.ingredients import (
     caching_of,
-    check_teacher,
     labelled_by,
     masks,
     obstacle_to_cache,
     penalties,
     plateau_of,
     teaching_of,
+    tutor_of,
     with_teacher,
 )
 from moss_rlhf.finetuning.layers import layer_groups
 from moss_rlhf.finetuning.objective import Objective
 from moss_rlhf.finetuning.options import (
+    Adapter,
     Averaging,
     CacheOption,
     Distillation,
@@ -109,6 +113,7 @@ def finetune(
     precision: Precision = "auto",
     teacher: Model | None = None,
     distill: Distillation | Mapping[str, Any] | None = None,
+    adapter: Adapter | Mapping[str, Any] | None = None,
     seed: int = 0,
     workspace: Path | None = None,
     cache_folder: Path | None = None,
@@ -145,25 +150,35 @@ def finetune(
     average             {"last": n} or {"best": n}: end with the mean of so many evaluations' weights, where validation
                         says that it is no worse than the best of them.
     teacher             a model whose answers are learned too.
-    distill             how, such as {"temperature": 2.0, "weight": 0.7}; these without it.
+    distill             how, such as {"temperature": 2.0, "weight": 0.7, "hidden": 1.0, "attention": 1.0, "layers":
+                        "auto"}; temperature and weight as here without it, and nothing of what the teacher does inside.
+    adapter             train adapters and the head instead, and merge them at the end, such as {"kind": "lora", "rank":
+                        8, "alpha": 16, "dropout": 0.05, "targets": "all-linear", "keep_zeros": False}.
     workspace           where to keep checkpoints; a training interrupted there resumes from its last one and ends in
                         the same bits. None: nothing is kept.
     raises              DataError where there are no rows; RecipeError on phases that can't be; MachineError where a
                         required cache can't be had; ModelError where the model is quantized, the teacher has
-                        other labels or another vocabulary, or the loss is no longer finite; Interrupted after
-                        Ctrl-C, once a checkpoint is written.
+                        other labels, another vocabulary or layers that can't be paired, or the loss is no longer
+                        finite; Interrupted after Ctrl-C, once a checkpoint is written.
     """
     if model.quantization:
         raise ModelError("finetune: the model is quantized already; fine-tune it before, then quantize.")
     if movement and l1:
         raise RecipeError("finetune: movement and l1 both choose what becomes zero. Leave one of them out.")
+    if adapter and (movement or quantization_aware or l1 or l2_start or reinitialise or phases):
+        raise RecipeError(
+            "finetune.adapter: the weights below adapters stand still, so movement, quantization_aware, l1, l2_start, "
+            "reinitialise and phases have nothing to work on. Leave them out, or adapter."
+        )
     task = TASKS[model.task]
     train, validation = _rows(model, train, "train"), _rows(model, validation, "validation")
     stopping, progress = option(EarlyStopping, early_stopping, "early_stopping"), progress or Progress(quiet=True)
     if packing:
         check_packing(model, train)
     batches = epoch_batches(train["length"], batch_size, seed, bucketing=length_bucketing, tokens=batch_tokens)
-    groups = tuple(layer_groups(model.network))
+    asked = option(Adapter, adapter, "adapter")
+    adapters = Adapters(model, asked, seed) if asked else None
+    groups = adapters.groups if adapters else tuple(layer_groups(model.network))
     names = [group.name for group in groups]
     planned = phases_of(phases, {group.name: len(group.parameters) for group in groups}, unfreeze)
     epochs = epochs_of(epochs, planned)
@@ -183,18 +198,20 @@ def finetune(
     )
     labelled = labelled_by(model, task, option(Loss, loss, "loss"), train)
     bfloat16 = uses_bfloat16(precision)
-    if teacher is not None:
-        check_teacher(model, teacher)
-        if isinstance(task, TextClassification):
-            train = with_teacher(train, teacher, task, progress)
+    taught = option(Distillation, distill, "distill") or Distillation()
+    tutor = tutor_of(model, teacher, taught)
+    if teacher is not None and isinstance(task, TextClassification):
+        train = with_teacher(train, teacher, task, progress)
     if reinitialise and not (workspace and checkpoints(workspace)):
         draw_blocks(model.network, reinitialise, seed, model.pruned)
     companions: list[Companion] = [
+        *([Imitation(model, tutor, taught, learning_rate, seed)] if tutor and taught.inside else []),
+        *([adapters] if adapters else []),
         *penalties(model, groups, l2, l2_start, l1),
         KeptZeros(model.pruned),
         *masks(model, movement, quantization_aware, timetable, steps),
     ]
-    with training_folder(workspace) as folder:
+    with training_folder(workspace) as folder, _taken_out(adapters):
         caching = caching_of(
             model,
             train,
@@ -211,7 +228,7 @@ def finetune(
         plan = Plan(
             groups=groups,
             timetable=timetable,
-            objective=Objective(task, teaching_of(task, teacher, option(Distillation, distill, "distill")), labelled),
+            objective=Objective(task, teaching_of(task, teacher, tutor, taught), labelled),
             companions=Companions([still, *([caching] if caching else []), *companions]),
             optimizer=option(Optimizer, named(optimizer), "optimizer") or Optimizer(),
             weight_decay=weight_decay,
@@ -270,6 +287,16 @@ def _averaging(options: Averaging | None, masked: bool) -> Averaging | None:
     if masked:
         raise RecipeError("finetune.average: the mean of different movement masks has fewer zeros. Leave one out.")
     return options
+
+
+@contextmanager
+def _taken_out(adapters: Adapters | None) -> Iterator[None]:
+    """Whatever happens, no adapter stays in the network."""
+    try:
+        yield
+    finally:
+        if adapters:
+            adapters.detach()
 
 
 def _collate(rows: Sequence[Mapping[str, Any]], model: Model, task: Task, packing: bool) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from moss_rlhf.errors import ModelError, RecipeError
 from moss_rlhf.finetuning.companions import Companion
 from moss_rlhf.finetuning.compiling import Compile
 from moss_rlhf.finetuning.distillation import Teaching
+from moss_rlhf.finetuning.imitation import Imitation, Tutor
 from moss_rlhf.finetuning.layers import LayerGroup
 from moss_rlhf.finetuning.losses import LabelLoss, label_loss
 from moss_rlhf.finetuning.movement import MovementPruning
@@ -52,15 +53,22 @@ def with_teacher(train: Any, teacher: Model, task: TextClassification, progress:
     return train.add_column("teacher_logits", [row.tolist() for row in logits])
 
 
-def teaching_of(task: Task, teacher: Model | None, options: Distillation | None) -> Teaching | None:
-    """What is learned from a teacher; a language model's logits are a vocabulary a token: it is asked at every step."""
+def tutor_of(model: Model, teacher: Model | None, options: Distillation) -> Tutor | None:
+    """The teacher, if it is asked at every step: a language model's answers are a vocabulary a token, states more."""
     if teacher is None:
         return None
-    options = options or Distillation()
-    if task.has_classes:
-        return Teaching(task, options)
+    check_teacher(model, teacher)
+    if TASKS[model.task].has_classes and not options.inside:
+        return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Teaching(task, options, teacher.network.to(device).eval())
+    return Tutor(teacher.network.to(device).eval())
+
+
+def teaching_of(task: Task, teacher: Model | None, tutor: Tutor | None, options: Distillation) -> Teaching | None:
+    """What is learned of a teacher's answers."""
+    if teacher is None:
+        return None
+    return Teaching(task, options, None if task.has_classes else tutor)
 
 
 # --- the labels ----------------------------------------------------------------------------------------------------
@@ -133,6 +141,7 @@ def obstacle_to_cache(companions: Sequence[Companion], packing: bool, compile: C
         "weights are altered on the way": any(each.alters_forward for each in companions),
         "packed documents have no place of their own": packing,
         "a compiled network can't be stood in for": compile != "off",
+        "a teacher is asked for every block": any(isinstance(each, Imitation) for each in companions),
     }
     return "; ".join(reason for reason, holds in reasons.items() if holds)
 

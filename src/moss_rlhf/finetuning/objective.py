@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,20 @@ class Pass:
     batch: Mapping[str, Tensor]
     given: Mapping[str, Tensor]
     outputs: Any
+
+
+class Goal(Protocol):
+    """What the trainer asks of an objective."""
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes a batch."""
+
+    def targets(self, labels: Tensor) -> int:
+        """How many of a batch's labels its mean loss counts."""
+
+    def __call__(self, network: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """The mean loss of a batch, (), float32."""
 
 
 class Objective:
@@ -50,6 +64,10 @@ class Objective:
     def passes(self) -> int:
         """Forward and backward passes a batch."""
         return 2 if self.agreement else 1
+
+    def targets(self, labels: Tensor) -> int:
+        """How many of a batch's labels its mean loss counts."""
+        return self.task.targets(labels)
 
     def __call__(self, network: Any, batch: Mapping[str, Tensor]) -> Tensor:
         passed = [self._forward(network, batch) for _ in range(self.passes)]

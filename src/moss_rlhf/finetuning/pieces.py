@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moss_rlhf.errors import MachineError
-from moss_rlhf.tasks import Task
 
 Batch = Mapping[str, Tensor]
+Targets = Callable[[Tensor], int]  # how many of these labels a mean loss counts
 
 
 @dataclass
@@ -27,16 +27,16 @@ class Pieces:
 
     rows: int | None = None
 
-    def cut(self, batch: Batch, task: Task) -> Iterator[tuple[Batch, float]]:
+    def cut(self, batch: Batch, targets: Targets) -> Iterator[tuple[Batch, float]]:
         """Each piece with the share of the batch's targets that it holds."""
-        count, whole = _rows(batch), task.targets(batch["labels"])
+        count, whole = _rows(batch), targets(batch["labels"])
         size = min(self.rows or count, count)
         if size == count:
             yield batch, 1.0
             return
         for start in range(0, count, size):
             piece = {name: value[start : start + size] for name, value in batch.items()}
-            yield piece, task.targets(piece["labels"]) / max(whole, 1)
+            yield piece, targets(piece["labels"]) / max(whole, 1)
 
     def halve(self, batch: Batch) -> None:
         """After a batch did not fit; MachineError where its pieces are single rows already."""
@@ -61,7 +61,7 @@ def out_of_memory(error: BaseException) -> bool:
 def in_pieces(
     pieces: Pieces,
     batch: Batch,
-    task: Task,
+    targets: Targets,
     backward: Callable[[Batch, float], Tensor],
     start_over: Callable[[int], None],
 ) -> Tensor:
@@ -71,7 +71,7 @@ def in_pieces(
     """
     while True:
         try:
-            losses = [backward(piece, share) for piece, share in pieces.cut(batch, task)]
+            losses = [backward(piece, share) for piece, share in pieces.cut(batch, targets)]
             return torch.stack(losses).sum()
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):

@@ -142,12 +142,14 @@ def compiled_by_time(trainer: LayerwiseTrainer, wanted: Compile, folder: Path) -
     return compile_where_it_pays(trainer.model, wanted, some, step, trainer.plan.steps, folder)
 
 
-def run_plan(trainer: LayerwiseTrainer, folder: Path, save_every_seconds: float, progress: Progress) -> dict[str, Any]:
+def run_plan(
+    trainer: LayerwiseTrainer, folder: Path, save_every_seconds: float, progress: Progress, title: str = "fine-tuning"
+) -> dict[str, Any]:
     """Run to the end or to an interruption; leaves the best weights and returns the companions' facts."""
     shutil.rmtree(folder / "partial", ignore_errors=True)  # a killed run's half-written checkpoint
     last = checkpoints(folder)[-1:]
     set_seed(trainer.args.seed)
-    with without_cache(trainer.model), progress.bar("fine-tuning", trainer.plan.steps) as bar:
+    with without_cache(trainer.model), progress.bar(title, trainer.plan.steps) as bar:
         conductor = Conductor(trainer, bar, save_every_seconds)
         trainer.add_callback(conductor)
         try:

@@ -36,7 +36,7 @@ from moss_rlhf.files import new_file
 from moss_rlhf.finetuning.averaging import keep_for_average, steps_to_average
 from moss_rlhf.finetuning.companions import Companions
 from moss_rlhf.finetuning.layers import LayerGroup
-from moss_rlhf.finetuning.objective import Objective
+from moss_rlhf.finetuning.objective import Goal
 from moss_rlhf.finetuning.optimizers import make_optimizer
 from moss_rlhf.finetuning.options import Averaging, Optimizer
 from moss_rlhf.finetuning.pieces import Pieces, in_pieces
@@ -59,7 +59,7 @@ class Plan:
 
     groups: tuple[LayerGroup, ...]
     timetable: Timetable
-    objective: Objective
+    objective: Goal
     companions: Companions
     optimizer: Optimizer
     weight_decay: float
@@ -165,7 +165,7 @@ class LayerwiseTrainer(Trainer):
                 self.accelerator.backward(loss * share)
             return loss.detach() * share
 
-        return in_pieces(self.pieces, batch, self.plan.objective.task, backward, self._start_over)
+        return in_pieces(self.pieces, batch, self.plan.objective.targets, backward, self._start_over)
 
     def _start_over(self, rows: int) -> None:
         self.optimizer.zero_grad()
@@ -270,6 +270,8 @@ class Conductor(TrainerCallback):
         self.plan.companions.before_step(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for extra in self.plan.companions.extras():
+            extra.parameter.grad = None  # Trainer empties the gradients of the network alone
         self.plan.companions.after_step(state.global_step, self.trainer.rates)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:

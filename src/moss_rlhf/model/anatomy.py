@@ -314,8 +314,9 @@ class Matrix:
 
     @property
     def transposed(self) -> bool:
-        """GPT-2's Conv1D stores (in, out)."""
-        return type(self.module).__name__ == "Conv1D"
+        """GPT-2's Conv1D stores (in, out), under an adapter too."""
+        inner = dict(self.module.named_children()).get("base_layer", self.module)
+        return type(inner).__name__ == "Conv1D"
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -464,6 +465,17 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a block stood in its stack before any was dropped: block `index` of `depth`."""
+
+    index: int
+    depth: int
+
+
+_ORIGIN = "moss_origin"  # an attribute of a block's module: it goes wherever the block goes
+
+
+@dataclass(frozen=True)
 class Block:
     """One transformer block and its parts, live modules of the network."""
 
@@ -475,6 +487,15 @@ class Block:
     cross_attention: Attention | None
     feed_forward: FeedForward
     unit_offset: bool = False  # its norms multiply by 1 + weight
+
+    @property
+    def origin(self) -> Origin | None:
+        """None where its stack was never shortened."""
+        found: Origin | None = vars(self.module).get(_ORIGIN)
+        return found
+
+    def set_origin(self, origin: Origin) -> None:
+        setattr(self.module, _ORIGIN, origin)
 
     @property
     def attentions(self) -> tuple[Attention, ...]:

@@ -8,8 +8,10 @@ Everything of ours stands under one key of config.json:
 
     "moss_rlhf": {"task", "shapes": [[heads, feed_forward], …], "hidden", "pruned": [names], "quantization": {"scheme"},
                   "temperature", "temperature_of"}
+                  "origin": {stack: {"blocks": [0, 1, 3, 5], "of": 6}}}
 
 where all but the task are absent if there is nothing to say. A block with cross-attention declares its heads third.
+`origin` says where the blocks of a shortened stack stood: distillation follows it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import nn
 
 from moss_rlhf.errors import ModelError
 from moss_rlhf.files import new_directory, read_json, refuse_foreign_files, write_json
-from moss_rlhf.model.anatomy import Anatomy, Family, anatomy_of
+from moss_rlhf.model.anatomy import Anatomy, Family, Origin, anatomy_of
 from moss_rlhf.model.config import (
     KEY,
     block_shapes,
@@ -254,6 +256,7 @@ def load_checkpoint(place: Path, auto_class: Any, *, offload: bool = False) -> M
     _store_everything(network)
     reshape(network, shapes, ours.get("hidden"))
     _load_weights(network, place, offload)
+    _load_origins(anatomy_of(network), ours.get("origin", {}), place)
     model = Model(network.eval(), _fitting_tokenizer(network, place), ours.get("task", "text-classification"))
     _load_generation(network, place)
     model.quantization = Quantization.read(ours.get("quantization"), place)
@@ -314,6 +317,29 @@ def _load_generation(network: Any, place: Path) -> None:
         network.generation_config = GenerationConfig.from_pretrained(place)
 
 
+def _load_origins(anatomy: Anatomy, declared: Any, place: Path) -> None:
+    for stack, origin in declared.items():
+        blocks = anatomy.stack(stack)
+        if len(blocks) != len(origin["blocks"]):
+            raise ModelError(
+                f"{place}: config.json gives the origin of {len(origin['blocks'])} blocks and the {stack} has "
+                f"{len(blocks)}. Save or fetch the checkpoint again."
+            )
+        for block, index in zip(blocks, origin["blocks"], strict=True):
+            block.set_origin(Origin(index, origin["of"]))
+
+
+def _origins_of(anatomy: Anatomy) -> dict[str, Any]:
+    """{stack: {"blocks", "of"}} of the stacks that were shortened."""
+    stacks = {part.name: [block.origin for block in anatomy.stack(part.name)] for part in anatomy.family.stacks}
+    found = {name: [origin for origin in origins if origin] for name, origins in stacks.items()}
+    return {
+        name: {"blocks": [origin.index for origin in origins], "of": origins[0].depth}
+        for name, origins in found.items()
+        if origins and len(origins) < origins[0].depth
+    }
+
+
 def _pruned_parameters(network: Any, names: Sequence[str], place: Path) -> list[nn.Parameter]:
     parameters = dict(network.named_parameters())
     unknown = [name for name in names if name not in parameters]
@@ -351,6 +377,8 @@ def save_checkpoint(model: Model, place: str | Path) -> None:
         ours |= _shapes_of(model.anatomy, model.network.config)
     if pruned:
         ours["pruned"] = sorted(pruned)
+    if origins := _origins_of(model.anatomy):
+        ours["origin"] = origins
     if model.quantization:
         ours["quantization"] = model.quantization.declared()
     if model.temperature and model.temperature.network == network_digest(model.network):

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from moss_rlhf.errors import ModelError
-from moss_rlhf.model.anatomy import Anatomy, Attention, Block, BlockShape, Matrix, Stack, anatomy_of, block_modules
+from moss_rlhf.model.anatomy import (
+    Anatomy,
+    Attention,
+    Block,
+    BlockShape,
+    Matrix,
+    Origin,
+    Stack,
+    anatomy_of,
+    block_modules,
+)
 
 
 @torch.no_grad()
@@ -158,7 +168,7 @@ def keep_blocks(network: Any, kept: Sequence[int]) -> None:
     """Keep the blocks `kept` (positions in `anatomy.blocks`), in that order; the config follows.
 
     What only one block carries goes along: T5's position biases move to the lowest block that stays, a pattern of
-    layer types keeps its entries.
+    layer types keeps its entries. Each block remembers where it stood before any was dropped (`Block.origin`).
     raises   ModelError where blocks are shared, a stack would lose all of its blocks, or its first one must stay.
     """
     anatomy = anatomy_of(network)
@@ -167,11 +177,20 @@ def keep_blocks(network: Any, kept: Sequence[int]) -> None:
         blocks = anatomy.stack(stack.name)
         positions = [index for index in kept if anatomy.blocks[index].stack == stack.name]
         staying = [anatomy.blocks[index] for index in positions]
+        if len(staying) < len(blocks):
+            _remember_origins(blocks)
         _move_position_bias(blocks[0].attention, staying[0].attention)
         _put_blocks(network, stack, nn.ModuleList(block.module for block in staying))
         setattr(network.config, stack.layers, len(staying))
         _follow(network.config, [block.index for block in staying], len(blocks))
     _number_blocks(network)
+
+
+def _remember_origins(blocks: Sequence[Block]) -> None:
+    """Those of blocks that lost neighbours before stay as they are."""
+    for block in blocks:
+        if block.origin is None:
+            block.set_origin(Origin(block.index, len(blocks)))
 
 
 def _refuse_blocks(config: Any, anatomy: Anatomy, kept: Sequence[int]) -> None:

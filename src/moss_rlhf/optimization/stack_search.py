@@ -114,6 +114,14 @@ class Way:
         cosine = [1 - block_influence(old, now) for old, now in zip(self._old_states, new, strict=True)]
         return float(torch.cat(cosine).mean())
 
+    def _tell_origins(self, groups: Groups) -> None:
+        """A merged block stands for all of its group: it ends where the last of them did."""
+        for group in groups:
+            members = self.of(group)
+            base, last = self.merged(group).base, members[-1].origin
+            if len(members) > 1 and last is not None:
+                base.set_origin(last)
+
     def commit(self, groups: Groups) -> dict[str, object]:
         """Shorten the network; what became of pruned zeros, where merging touched any."""
         kept, values = self.realised(groups)
@@ -122,6 +130,7 @@ class Way:
         for parameter, value in values.items():
             parameter.data = value  # never written in place: it may be a map of a file
         keep_blocks(self.model.network, kept)
+        self._tell_origins(groups)
         left = {id(parameter) for parameter in self.model.network.parameters()}
         still = {id(parameter) for parameter in touched if _zeros(parameter)}
         lost = {id(parameter) for parameter in touched} - still

@@ -15,6 +15,7 @@ from moss_rlhf.recipe.finetuning import (
     QuantizationAwareSpec,
     ScheduleSpec,
 )
+from moss_rlhf.recipe.pretraining import PretrainSpec
 from moss_rlhf.recipe.reading import (
     apply_override,
     make_recipe,
@@ -24,7 +25,7 @@ from moss_rlhf.recipe.reading import (
     recipe_yaml,
     with_values,
 )
-from moss_rlhf.recipe.schema import EvaluateSpec, Recipe, stages_before_compression
+from moss_rlhf.recipe.schema import EvaluateSpec, Recipe, settle_distillation, stages_before_compression
 from moss_rlhf.recipe.search import RangeSpec, SearchSpec
 from moss_rlhf.recipe.stages import stage_kind, stage_spec
 
@@ -44,6 +45,7 @@ __all__ = [
     "NarrowSpec",
     "OptimizerSpec",
     "PhaseSpec",
+    "PretrainSpec",
     "PruneSpec",
     "QuantizationAwareSpec",
     "QuantizeSpec",
@@ -60,6 +62,7 @@ __all__ = [
     "read_recipe",
     "recipe_values",
     "recipe_yaml",
+    "settle_distillation",
     "stage_kind",
     "stage_spec",
     "stages_before_compression",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from moss_rlhf.recipe.spec import Name, Positive, Share, Spec
@@ -25,6 +25,13 @@ ScheduleName = Literal[
 _ALL_TRAIN_FROM = 0.5  # of the steps of gradual unfreezing
 Strength = Annotated[float, Field(ge=0)]
 Below = Annotated[float, Field(ge=0, lt=1)]
+
+Layer = Annotated[int, Field(ge=0)]
+
+
+def allow_none(schema: dict[str, Any]) -> None:
+    """`distill: none`, which YAML reads as a text, is null too."""
+    schema["anyOf"] = [*schema["anyOf"], {"const": "none"}]
 
 
 class EarlyStoppingSpec(Spec):
@@ -48,6 +55,34 @@ class DistillSpec(Spec):
     teacher: str = Field("parent", description="'parent' (the model before compression) or a checkpoint directory")
     temperature: float = Field(2.0, gt=0)
     weight: float = Field(0.7, gt=0, le=1, description="share of the teacher's loss; the rest is the labels'")
+    hidden: float = Field(0.0, ge=0, description="weight of the loss of the states that leave the layers")
+    attention: float = Field(0.0, ge=0, description="weight of the loss of which tokens attentions relate (MiniLMv2)")
+    layers: Literal["auto", "uniform", "last"] | list[tuple[Layer, Layer]] = Field(
+        "auto", description="auto: as layers were dropped; last: the last alone; or [[student's, teacher's], …] from 0"
+    )
+    relation_heads: Literal["auto"] | Positive = Field(
+        "auto", description="that attentions are split into anew; auto: what divides both, up to the teacher's heads"
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _some(cls, value: object) -> object:
+        if value == []:
+            raise PydanticCustomError("nothing", "pairs no layers; give [[student's, teacher's], …], or auto")
+        return value
+
+
+class AdapterSpec(Spec):
+    """Train small matrices beside frozen ones, merged at the end (peft)."""
+
+    kind: Literal["lora", "rslora", "dora"] = "lora"
+    rank: Positive = 8
+    alpha: float = Field(16.0, gt=0, description="scale: alpha / rank; of rslora alpha / √rank")
+    dropout: float = Field(0.05, ge=0, lt=1)
+    targets: Literal["all-linear", "attention"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "all-linear", description="every matrix of the blocks; those of attention; or names such as query"
+    )
+    keep_zeros: bool = Field(False, description="set pruned weights to zero again after merging; else refused")
 
 
 class PhaseSpec(Spec):
@@ -226,7 +261,18 @@ class FinetuneSpec(Spec):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast where the processor has it in hardware"
     )
-    distill: DistillSpec | None = None
+    distill: DistillSpec | Literal["auto"] | None = Field(
+        "auto",
+        description="a teacher; auto: the parent after a compressing stage, where its head was trained; none",
+        json_schema_extra=allow_none,
+    )
+
+    adapter: AdapterSpec | None = None
+
+    @field_validator("distill", mode="before")
+    @classmethod
+    def _none_is_no_teacher(cls, value: object) -> object:
+        return None if value == "none" else value
 
     @model_validator(mode="after")
     def _phases(self) -> FinetuneSpec:

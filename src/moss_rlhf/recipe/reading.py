@@ -221,7 +221,7 @@ _RULES = {
 _UNION_TAGS = frozenset(
     {
         *("float", "int", "str", "constrained-int", "constrained-float"),
-        *("SplitLayout", "CacheSpec", "OptimizerSpec", "ScheduleSpec"),
+        *("SplitLayout", "CacheSpec", "DistillSpec", "OptimizerSpec", "ScheduleSpec"),
     }
 )
 

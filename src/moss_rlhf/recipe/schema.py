@@ -13,10 +13,10 @@ from pydantic_core import PydanticCustomError
 
 from moss_rlhf.recipe.compression import QuantizeSpec
 from moss_rlhf.recipe.data import DataSpec
-from moss_rlhf.recipe.finetuning import FinetuneSpec, QuantizationAwareSpec
+from moss_rlhf.recipe.finetuning import DistillSpec, FinetuneSpec, QuantizationAwareSpec
 from moss_rlhf.recipe.search import SearchSpec
 from moss_rlhf.recipe.spec import Positive, Spec
-from moss_rlhf.recipe.stages import Stage, allow_short_forms, stage_kind, stage_spec
+from moss_rlhf.recipe.stages import FinetuneStage, Stage, allow_short_forms, stage_kind, stage_spec
 
 
 class EvaluateSpec(Spec):
@@ -93,3 +93,21 @@ def stages_before_compression(recipe: Recipe) -> int:
     """How many stages come before the first compressing one: what enters it is 'before', and the teacher 'parent'."""
     kinds = [stage_kind(stage) for stage in recipe.stages]
     return next((index for index, kind in enumerate(kinds) if kind in COMPRESSING), len(kinds))
+
+
+def settle_distillation(recipe: Recipe, source_is_trained: bool) -> Recipe:
+    """The recipe with every `distill: auto` decided: the parent after a compressing stage, if its head was trained.
+
+    source_is_trained   whether the recipe's model serves the task as it is.
+    """
+    parent = stages_before_compression(recipe)
+    trained = source_is_trained or any(stage_kind(stage) == "finetune" for stage in recipe.stages[:parent])
+
+    def settled(index: int, stage: Stage) -> Stage:
+        if not isinstance(stage, FinetuneStage) or stage.finetune.distill != "auto":
+            return stage
+        distill = DistillSpec() if trained and index >= parent else None
+        return FinetuneStage(finetune=stage.finetune.model_copy(update={"distill": distill}))
+
+    stages = [settled(index, stage) for index, stage in enumerate(recipe.stages)]
+    return recipe.model_copy(update={"stages": stages})

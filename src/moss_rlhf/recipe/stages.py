@@ -11,11 +11,16 @@ from pydantic_core import PydanticCustomError
 from moss_rlhf.errors import nearest
 from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
 from moss_rlhf.recipe.finetuning import FinetuneSpec
+from moss_rlhf.recipe.pretraining import PretrainSpec
 from moss_rlhf.recipe.spec import Spec
 
 
 class FinetuneStage(Spec):
     finetune: FinetuneSpec
+
+
+class PretrainStage(Spec):
+    pretrain: PretrainSpec
 
 
 class NarrowStage(Spec):
@@ -40,6 +45,7 @@ class SensitivityStage(Spec):
 
 STAGE_KINDS: Mapping[str, type[Spec]] = {
     "finetune": FinetuneStage,
+    "pretrain": PretrainStage,
     "narrow": NarrowStage,
     "shorten": ShortenStage,
     "prune": PruneStage,
@@ -68,6 +74,7 @@ def _tag(value: object) -> str:
 
 Stage = Annotated[
     Annotated[FinetuneStage, Tag("finetune")]
+    | Annotated[PretrainStage, Tag("pretrain")]
     | Annotated[NarrowStage, Tag("narrow")]
     | Annotated[ShortenStage, Tag("shorten")]
     | Annotated[PruneStage, Tag("prune")]
