@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from moss_rlhf.data import DataCheck, check_data
+from moss_rlhf.data.cleaning import check_packages
 from moss_rlhf.errors import MachineError, ModelError, RecipeError
 from moss_rlhf.model.anatomy import FAMILIES, BlockShape, family_of
 from moss_rlhf.model.config import (
@@ -113,6 +114,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     config = read_config(place)
     check_stages(recipe, place)
     check_output(recipe, place)
+    check_packages(recipe.data.clean)
     task = TASKS[recipe.task]
     known = trained_labels(config)
     data = check_data(
@@ -126,7 +128,16 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     state = _initial_state(place, config, len(data.labels))
     rows = {split: facts["rows"] for split, facts in data.facts.items()}
     stages = tuple(_forecasts(recipe, state, config, rows, tokens["train"]["mean"], longest))
-    return Check(data, tokens, state.parameters, stages, data.notes)
+    return Check(data, tokens, state.parameters, stages, (*data.notes, *_later(recipe)))
+
+
+def _later(recipe: Recipe) -> list[str]:
+    """What moss run does to the rows before the first stage, and a check has not counted."""
+    found = {
+        "data.clean has not been done yet: rows are those before it.": recipe.data.clean and recipe.data.clean.checks,
+        "data.balance has not been done yet: rows are those before it.": recipe.data.balance != "none",
+    }
+    return [sentence for sentence, holds in found.items() if holds]
 
 
 def check_stages(recipe: Recipe, place: Path) -> None:

@@ -34,7 +34,7 @@ from moss_rlhf.model.locate import weight_bytes
 from moss_rlhf.model.runtime import Batch, OnnxRuntime, Runtime, TorchRuntime, usable_cores
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import EvaluateSpec
-from moss_rlhf.tasks import TASKS
+from moss_rlhf.tasks import TASKS, TextClassification
 
 _CHANGED_SHOWN = 20
 _SPEED_POOL = 2000
@@ -99,7 +99,7 @@ class Measuring:
             "runtime": artifact.runtime.name,
             "split": self.split,
             "metrics": metrics_of(task, answers, **self._intervals),
-            "rows": len(self.rows),
+            "rows": task.texts(self.rows) if isinstance(task, TextClassification) else len(self.rows),
             **sizes_of(model, float(np.mean(self.rows["length"]))),
             "bytes": artifact.bytes,
         }

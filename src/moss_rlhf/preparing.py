@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from moss_rlhf.checking import check_labels, check_output, check_stages
+from moss_rlhf.curating import curate
 from moss_rlhf.data import Splits, load_splits
+from moss_rlhf.data.cleaning import check_packages
 from moss_rlhf.files import digest, file_digest
 from moss_rlhf.model.checkpoint import (
     Model,
@@ -21,12 +23,13 @@ from moss_rlhf.model.checkpoint import (
     load_tokenizer,
 )
 from moss_rlhf.model.config import position_limit, read_config, trained_labels
+from moss_rlhf.model.cutting import Cut
 from moss_rlhf.model.locate import locate, weight_files
 from moss_rlhf.model.runtime import Batch, usable_cores
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import FinetuneSpec, Recipe, recipe_values, stage_kind, stage_spec, stages_before_compression
 from moss_rlhf.rundir import RunDirectory, StageFolder
-from moss_rlhf.tasks import TASKS, Task
+from moss_rlhf.tasks import TASKS, Task, TextClassification
 from moss_rlhf.tasks.batching import batches_of, padding_of
 from moss_rlhf.tasks.lengths import choose_max_length, length_facts
 from moss_rlhf.tasks.loading import load
@@ -38,7 +41,10 @@ _DECIDING = ("moss-rlhf", "torch", "transformers", "accelerate", "tokenizers")
 
 @dataclass(frozen=True)
 class EncodedSplits:
-    """Tokenized rows. `evaluation` is test where there is one, else validation; `texts` are its rows, not tokenized."""
+    """Tokenized rows. `evaluation` is test where there is one, else validation; `texts` are its rows, not tokenized.
+
+    cut   how long texts were cut; every model of the run is saved with it.
+    """
 
     train: Any
     validation: Any
@@ -46,6 +52,7 @@ class EncodedSplits:
     evaluation_split: str
     texts: Any
     facts: dict[str, dict[str, Any]]
+    cut: Cut
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,9 @@ class Session:
 
         torch.manual_seed(self.recipe.seed)  # a new head is drawn from it
         auto_class = self.task.auto_class()
-        return load_pretrained(self.source, self.task.name, auto_class, self.labels, self.recipe.trust_remote_code)
+        model = load_pretrained(self.source, self.task.name, auto_class, self.labels, self.recipe.trust_remote_code)
+        model.cut = self.rows.cut
+        return model
 
     def teacher(self, name: str) -> Model:
         return self.model_after(self.parent) if name == "parent" else load(name)
@@ -123,6 +132,7 @@ def prepare(recipe: Recipe, place: RunDirectory, progress: Progress, threads: in
     """Read the data and tokenize it, find the model, name every stage's folder."""
     task, source = TASKS[recipe.task], locate(recipe.model)
     check_stages(recipe, source)
+    check_packages(recipe.data.clean)
     if not (place.path / "stages").exists():  # a run that goes on has taken its space already
         check_output(recipe, source)
     splits = load_splits(
@@ -134,9 +144,28 @@ def prepare(recipe: Recipe, place: RunDirectory, progress: Progress, threads: in
         progress=progress,
     )
     check_labels(recipe, read_config(source), splits.labels)
+    splits = _curate(splits, task, source, recipe, place, progress)
     rows = _encode(splits, task, source, recipe, place.data)
     start = _start_fingerprint(recipe, source, splits, threads)
     return Session(recipe, place, progress, source, splits.labels, splits.notes, rows, _folders(recipe, place, start))
+
+
+def _curate(
+    splits: Splits, task: Task, source: Path, recipe: Recipe, place: RunDirectory, progress: Progress
+) -> Splits:
+    def open_model() -> Model:
+        return load_pretrained(source, task.name, task.auto_class(), splits.labels, recipe.trust_remote_code)
+
+    return curate(
+        splits,
+        task.columns,
+        recipe.data,
+        seed=recipe.seed,
+        place=place,
+        source=digest(_describe([*weight_files(source), *_companions(source)])),
+        open_model=open_model,
+        progress=progress,
+    )
 
 
 def _encode(splits: Splits, task: Task, source: Path, recipe: Recipe, cache: Path) -> EncodedSplits:
@@ -149,16 +178,20 @@ def _encode(splits: Splits, task: Task, source: Path, recipe: Recipe, cache: Pat
         if rows is not None
     }
     longest = choose_max_length(recipe.data.max_length, lengths["train"], limit)
-    name = digest([splits.digest, longest, _describe(_companions(source))])
+    cut = Cut(recipe.data.truncation, longest)
+    name = digest([splits.digest, cut.declared(), _describe(_companions(source))])
 
     def encode(split: str) -> Any:
-        return task.encode(present[split], tokenizer, longest, str(cache / f"{split}-{name[:16]}-tokens.arrow"))
+        file = str(cache / f"{split}-{name[:16]}-tokens.arrow")
+        if isinstance(task, TextClassification):
+            return task.encode(present[split], tokenizer, longest, file, keep=cut.keep)
+        return task.encode(present[split], tokenizer, longest, file)
 
     split = "validation" if splits.test is None else "test"
     facts = {name: splits.facts[name] | {"tokens": length_facts(values, longest)} for name, values in lengths.items()}
     train, validation = encode("train"), encode("validation")
     return EncodedSplits(
-        train, validation, validation if split == "validation" else encode("test"), split, present[split], facts
+        train, validation, validation if split == "validation" else encode("test"), split, present[split], facts, cut
     )
 
 
@@ -169,6 +202,7 @@ def _start_fingerprint(recipe: Recipe, source: Path, splits: Splits, threads: in
             "source": _describe([*weight_files(source), *_companions(source)]),
             "data": splits.digest,
             "max_length": recipe.data.max_length,
+            "truncation": recipe.data.truncation,
             "seed": recipe.seed,
             "threads": threads,
             "versions": {name: importlib.metadata.version(name) for name in _DECIDING},

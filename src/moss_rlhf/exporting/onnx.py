@@ -70,11 +70,8 @@ def _keep(file: Path, place: Path | None) -> None:
 def _write_companions(model: Model, place: Path) -> None:
     model.tokenizer.save_pretrained(place)
     config = copy.deepcopy(model.network.config)
-    setattr(
-        config,
-        KEY,
-        {"task": model.task, "quantization": model.quantization.declared() if model.quantization else None},
-    )
+    ours = {"task": model.task, "quantization": model.quantization.declared() if model.quantization else None}
+    setattr(config, KEY, ours | ({"cut": model.cut.declared()} if model.cut else {}))
     config.save_pretrained(place)
 
 

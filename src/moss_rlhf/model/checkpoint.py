@@ -6,7 +6,8 @@ is the name of the weight file for transformers 5: a sentence in its place makes
 
 Everything of ours stands under one key of config.json:
 
-    "moss_rlhf": {"task", "shapes": [[heads, feed_forward], …], "hidden", "pruned": [names], "quantization": {"scheme"}}
+    "moss_rlhf": {"task", "shapes": [[heads, feed_forward], …], "hidden", "pruned": [names], "quantization": {"scheme"},
+                  "cut": {"keep", "max_length"}}
 
 where all but the task are absent if there is nothing to say. A block with cross-attention declares its heads third.
 """
@@ -37,6 +38,7 @@ from moss_rlhf.model.config import (
     trained_labels,
 )
 from moss_rlhf.model.cost import Dimensions
+from moss_rlhf.model.cutting import Cut
 from moss_rlhf.model.locate import read_header, weight_files
 from moss_rlhf.model.offload import MappedWeights
 from moss_rlhf.model.quantization import Quantization
@@ -57,6 +59,7 @@ class Model:
     quantization   the scheme whose grid the weights lie on.
     sensitivity    what `sensitivity` measured, for later stages.
     weights        where the blocks' weights are while they are not in memory (load(path, offload=True)).
+    cut            which tokens of long texts it was trained on; None: as many of the first as it has positions for.
     """
 
     network: Any
@@ -66,6 +69,7 @@ class Model:
     quantization: Quantization | None = None
     sensitivity: dict[str, Any] | None = None
     weights: MappedWeights | None = None
+    cut: Cut | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -255,6 +259,7 @@ def load_checkpoint(place: Path, auto_class: Any, *, offload: bool = False) -> M
         model.sensitivity = read_json(place / SENSITIVITY)
     model.pruned = _pruned_parameters(network, ours.get("pruned", []), place)
     model.weights = MappedWeights() if offload else None
+    model.cut = Cut.read(ours.get("cut"), place)
     return model
 
 
@@ -346,6 +351,8 @@ def save_checkpoint(model: Model, place: str | Path) -> None:
         ours["pruned"] = sorted(pruned)
     if model.quantization:
         ours["quantization"] = model.quantization.declared()
+    if model.cut:
+        ours["cut"] = model.cut.declared()
     with new_directory(place) as partial:
         model.network.save_pretrained(partial)
         model.tokenizer.save_pretrained(partial)

@@ -1,5 +1,6 @@
 """What the user asks for: typed, frozen, unknown keys refused. Imports no torch."""
 
+from moss_rlhf.recipe.clean import CleanSpec
 from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
 from moss_rlhf.recipe.data import DataSpec, SplitLayout
 from moss_rlhf.recipe.finetuning import DistillSpec, EarlyStoppingSpec, FinetuneSpec
@@ -8,6 +9,7 @@ from moss_rlhf.recipe.schema import EvaluateSpec, Recipe, stages_before_compress
 from moss_rlhf.recipe.stages import stage_kind, stage_spec
 
 __all__ = [
+    "CleanSpec",
     "DataSpec",
     "DistillSpec",
     "EarlyStoppingSpec",

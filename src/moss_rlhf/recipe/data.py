@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from moss_rlhf.recipe.clean import CleanSpec
 from moss_rlhf.recipe.spec import Name, Positive, Spec
 
 ColumnReference = int | str | list[int | str]
@@ -49,11 +50,19 @@ class DataSpec(Spec):
     max_length: Literal["auto"] | Annotated[int, Field(ge=4)] = Field(
         "auto", description="tokens kept of each text; auto: the 99th percentile of train, within the model's limit"
     )
+    truncation: Literal["head", "tail", "head+tail", "windows"] = Field(
+        "head", description="what is kept of a longer text; windows: all of it, in overlapping rows whose logits are averaged"
+    )
     limit: Positive | dict[Literal["train", "validation", "test"], Positive] | None = Field(
         None, description="a seeded subset of each split"
     )
     broken_lines: Literal["error", "skip"] = Field(
         "error", description="a line with missing cells, an empty text or label, or bytes that can't be decoded"
+    )
+
+    clean: CleanSpec | None = Field(None, description="what is looked for in the rows; none: only equal texts in two splits")
+    balance: Literal["none", "oversample", "undersample"] = Field(
+        "none", description="repeat or leave out rows of train until every class has equally many"
     )
 
     @field_validator("validation", mode="before")
