@@ -31,7 +31,13 @@ class CleanSpec(Spec):
     language: Check = Field("off", description="texts in another language than most of train")
     length: Check = Field("off", description="texts far longer or shorter than most of train")
     label_errors: Check = Field("off", description="labels in train that the other rows contradict")
-    folds: int = Field(5, ge=2, le=20, description="of label_errors: parts that are each judged by the others")
+    label_method: Literal["neighbours", "confident"] = Field(
+        "neighbours", description="of label_errors: the nearest rows' votes, or confident learning (cleanlab)"
+    )
+    label_support: float = Field(
+        0.85, gt=0, lt=1, description="of neighbours: a label is suspicious below this part of its class's usual support"
+    )
+    folds: int = Field(5, ge=2, le=20, description="of confident learning: parts that are each judged by the others")
     ablate: bool = Field(False, description="measure on validation what cleaning does to a cheap classifier")
 
     @property
@@ -41,9 +47,15 @@ class CleanSpec(Spec):
         return {name: value for name, value in values.items() if value != "off"}
 
     @property
-    def needs_model(self) -> bool:
-        """Whether the recipe's own model must embed the texts."""
-        return self.label_errors != "off" or self.ablate
+    def packages(self) -> dict[str, tuple[str, ...]]:
+        """{field: what it imports that the core installation lacks}; the extra `clean` brings it."""
+        confident = self.label_errors != "off" and self.label_method == "confident"
+        wanted = {
+            "language": ("py3langid",) if self.language != "off" else (),
+            "label_method": ("sklearn", "cleanlab") if confident else (),
+            "ablate": ("sklearn",) if self.ablate else (),
+        }
+        return {field: packages for field, packages in wanted.items() if packages}
 
 
 CHECKS = (
@@ -58,5 +70,3 @@ CHECKS = (
     "length",
     "label_errors",
 )
-PACKAGES = {"language": ("py3langid",), "label_errors": ("sklearn", "cleanlab"), "ablate": ("sklearn",)}
-"""What a check imports that the core installation lacks; the extra `clean` brings it."""

@@ -30,7 +30,7 @@ from moss_rlhf.data.splits import Splits
 from moss_rlhf.errors import DataError, MachineError, RecipeError
 from moss_rlhf.files import digest
 from moss_rlhf.progress import Progress
-from moss_rlhf.recipe.clean import CHECKS, PACKAGES, CleanSpec
+from moss_rlhf.recipe.clean import CHECKS, CleanSpec
 
 Indices = NDArray[np.int64]
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
@@ -73,12 +73,11 @@ class Cleaned:
 
 def check_packages(spec: CleanSpec | None) -> None:
     """MachineError where a check that is on needs a package that is not installed."""
-    wanted = [*spec.checks, *(["ablate"] if spec.ablate else [])] if spec else []
-    for check in wanted:
-        missing = [package for package in PACKAGES.get(check, ()) if find_spec(package) is None]
+    for field_name, packages in (spec.packages if spec else {}).items():
+        missing = [package for package in packages if find_spec(package) is None]
         if missing:
             raise MachineError(
-                f"data.clean.{check}: needs the package {missing[0]}, which is not installed. "
+                f"data.clean.{field_name}: needs the package {missing[0]}, which is not installed. "
                 "Install it: pip install 'moss-rlhf[clean]'."
             )
 
@@ -146,13 +145,16 @@ def _finder(check: str, spec: CleanSpec, parts: Mapping[str, Part], seed: int, e
         ),
         "boilerplate": lambda part: boilerplate_texts(part.left_texts, spec.boilerplate_rows, train),
         "length": lambda part: length_outliers(part.left_texts, train),
-        "label_errors": lambda part: _label_errors(part, spec.folds, seed, embed),
+        "label_errors": lambda part: _label_errors(part, spec, seed, embed),
     }
     return finders[check]
 
 
-def _label_errors(part: Part, folds: int, seed: int, embed: Embed) -> list[Hit]:
-    return suspicious_labels(embed(part.left_texts), part.left_labels or [], folds=folds, seed=seed)
+def _label_errors(part: Part, spec: CleanSpec, seed: int, embed: Embed) -> list[Hit]:
+    vectors, labels = embed(part.left_texts), part.left_labels or []
+    return suspicious_labels(
+        vectors, labels, method=spec.label_method, support=spec.label_support, folds=spec.folds, seed=seed
+    )
 
 
 def _apply(
