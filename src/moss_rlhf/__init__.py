@@ -4,6 +4,7 @@ run(recipe)          the whole story: a recipe, a path to one, or a mapping → 
 load(path)           a checkpoint → Model with .network, .tokenizer, .task; load(id, labels=[…]): a pretrained one
 save(model, path)    a checkpoint that stands alone
 Recipe               the recipe's type
+collect(corpus, …)   a task's texts out of a large corpus, as a list or a jsonl file
 prune, narrow, shorten, trim_vocabulary, quantize, sensitivity, finetune, evaluate, export
                      each on a Model in memory, without a recipe
 """
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten, trim_vocabulary
     from moss_rlhf.pipeline import run
     from moss_rlhf.recipe import Recipe
+    from moss_rlhf.tasks.collecting import collect
     from moss_rlhf.tasks.loading import load
 
 _HOMES = {
     "Model": ("moss_rlhf.model.checkpoint", "Model"),
     "Recipe": ("moss_rlhf.recipe", "Recipe"),
+    "collect": ("moss_rlhf.tasks.collecting", "collect"),
     "evaluate": ("moss_rlhf.evaluation", "evaluate"),
     "export": ("moss_rlhf.exporting", "export"),
     "finetune": ("moss_rlhf.finetuning", "finetune"),
@@ -52,6 +55,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Model",
     "Recipe",
+    "collect",
     "evaluate",
     "export",
     "finetune",
