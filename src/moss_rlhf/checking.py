@@ -52,7 +52,7 @@ from moss_rlhf.recipe import (
     stages_before_compression,
 )
 from moss_rlhf.rundir import refuse_foreign
-from moss_rlhf.tasks import TASKS
+from moss_rlhf.tasks import TASKS, TextClassification
 from moss_rlhf.tasks.lengths import choose_max_length, length_facts
 
 _EFFICIENCY = 0.5  # of a plain matrix product's speed, reached in training (docs/LOG.md)
@@ -114,7 +114,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     config = read_config(place)
     check_stages(recipe, place)
     check_output(recipe, place)
-    check_packages(recipe.data.clean)
+    check_rows(recipe)
     task = TASKS[recipe.task]
     known = trained_labels(config)
     data = check_data(
@@ -129,6 +129,16 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     rows = {split: facts["rows"] for split, facts in data.facts.items()}
     stages = tuple(_forecasts(recipe, state, config, rows, tokens["train"]["mean"], longest))
     return Check(data, tokens, state.parameters, stages, (*data.notes, *_later(recipe)))
+
+
+def check_rows(recipe: Recipe) -> None:
+    """Whether what `data` asks of the rows can be done: for this task, with these packages."""
+    check_packages(recipe.data.clean)
+    if recipe.data.truncation != "head" and not isinstance(TASKS[recipe.task], TextClassification):
+        raise RecipeError(
+            f"data.truncation: {recipe.data.truncation} is for text classification; {recipe.task} reads texts from "
+            "their head. Leave it out."
+        )
 
 
 def _later(recipe: Recipe) -> list[str]:

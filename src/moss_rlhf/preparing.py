@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from moss_rlhf.checking import check_labels, check_output, check_stages
+from moss_rlhf.checking import check_labels, check_output, check_rows, check_stages
 from moss_rlhf.curating import curate
 from moss_rlhf.data import Splits, load_splits
-from moss_rlhf.data.cleaning import check_packages
 from moss_rlhf.files import digest, file_digest
 from moss_rlhf.model.checkpoint import (
     Model,
@@ -132,7 +131,7 @@ def prepare(recipe: Recipe, place: RunDirectory, progress: Progress, threads: in
     """Read the data and tokenize it, find the model, name every stage's folder."""
     task, source = TASKS[recipe.task], locate(recipe.model)
     check_stages(recipe, source)
-    check_packages(recipe.data.clean)
+    check_rows(recipe)
     if not (place.path / "stages").exists():  # a run that goes on has taken its space already
         check_output(recipe, source)
     splits = load_splits(
