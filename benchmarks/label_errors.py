@@ -34,6 +34,7 @@ CLASSES = 4
 
 
 def _read(data: Path) -> dict:
+    """Texts and labels; the true ones only score."""
     with gzip.open(data / "ag_news" / "noisy_annotators.csv.gz", "rt", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     with gzip.open(data / "ag_news" / "test.csv.gz", "rt", encoding="utf-8", newline="") as file:
@@ -77,12 +78,6 @@ def _at_recall(scores: np.ndarray, wrong: np.ndarray, recall: float) -> float:
     return float(found[place] / (place + 1))
 
 
-def _trained(name: str, vectors: np.ndarray, data: dict, test: np.ndarray, rows: np.ndarray) -> tuple[tuple, np.ndarray]:
-    answers = probe_answers(vectors[rows], data["given"][rows], test)
-    share = (answers == data["test_labels"]).mean()
-    return (name, f"{share:.4f} ({rows.sum():,} rows)", ""), answers
-
-
 def _compared(raw: np.ndarray, cleaned: np.ndarray, labels: np.ndarray) -> tuple[str, str, str]:
     cells = [confusion_cells(labels, answers, CLASSES) for answers in (raw, cleaned)]
     found = paired_difference(*cells, metric=accuracy, confidence=0.95, resamples=2000, seed=0)
@@ -107,6 +102,42 @@ def _finetuned(data: dict, work: Path, rows: np.ndarray, name: str) -> float:
     return float(json.loads(place.read_text()))
 
 
+def _finding(vectors: np.ndarray, data: dict) -> tuple[list, np.ndarray]:
+    """Rows of the table on what is found, and which rows neighbours call wrong."""
+    given, wrong = data["given"], data["given"] != data["true"]
+    started = time.perf_counter()
+    probabilities = out_of_fold(vectors, given, folds=5, seed=0)
+    between = time.perf_counter()
+    shares = neighbour_shares(vectors, given)
+    seconds = f"{between - started:.0f}; {time.perf_counter() - between:.0f}"
+    errors = unsupported(shares, given, SUPPORT)
+    ranked, ours = (_at_recall(1 - part[np.arange(len(wrong)), given], wrong, 0.6) for part in (probabilities, shares))
+    contradicted = probabilities.argmax(axis=1) != given
+    return [
+        ("labels that are wrong", f"{wrong.mean():.1%} of {len(wrong):,}", ""),
+        _found("cleanlab, `find_label_issues`", confident_errors(probabilities, given, 5), wrong),
+        _found("rows whose answer is not their label, same probabilities", contradicted, wrong),
+        ("cleanlab's ranking (self-confidence), cut at recall 0.6", f"precision {ranked:.3f}", ""),
+        _found("**neighbours, as `label_errors` does**", errors, wrong, "0.5 at 0.6"),
+        ("neighbours' ranking, cut at recall 0.6", f"precision {ours:.3f}", "≥ cleanlab's"),
+        ("seconds: five logistic regressions; neighbours", seconds, ""),
+    ], errors
+
+
+def _training(vectors: np.ndarray, test: np.ndarray, data: dict, errors: np.ndarray) -> list:
+    """Rows of the table on what training gives, with and without what was found."""
+    sets = {
+        "test accuracy of a logistic regression, raw rows": np.ones(len(errors), dtype=bool),
+        "the same, cleaned rows": ~errors,
+        "the same, only rows whose label is true": data["given"] == data["true"],
+    }
+    answers = {name: probe_answers(vectors[part], data["given"][part], test) for name, part in sets.items()}
+    right = {name: (found == data["test_labels"]).mean() for name, found in answers.items()}
+    raw, cleaned, _ = answers.values()
+    rows = [(name, f"{share:.4f} ({sets[name].sum():,} rows)", "") for name, share in right.items()]
+    return [*rows, _compared(raw, cleaned, data["test_labels"])]
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--data", type=Path, required=True, help="the folder that holds ag_news")
@@ -116,39 +147,13 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     data = _read(options.data)
     vectors = _vectors(options.work, "train", data["texts"])
-    wrong = data["given"] != data["true"]
-
-    started = time.perf_counter()
-    probabilities = out_of_fold(vectors, data["given"], folds=5, seed=0)
-    probe_seconds = time.perf_counter() - started
-    started = time.perf_counter()
-    shares = neighbour_shares(vectors, data["given"])
-    neighbour_seconds = time.perf_counter() - started
-    errors = unsupported(shares, data["given"], SUPPORT)
-    own = np.arange(len(wrong))
-    doubts = {"cleanlab's": 1 - probabilities[own, data["given"]], "ours": 1 - shares[own, data["given"]]}
-    rows = [
-        ("labels that are wrong", f"{wrong.mean():.1%} of {len(wrong):,}", ""),
-        _found("cleanlab, `find_label_issues`, prune by noise rate", confident_errors(probabilities, data["given"], 5), wrong),
-        _found("rows whose answer is not their label, same probabilities", probabilities.argmax(1) != data["given"], wrong),
-        (
-            "cleanlab's ranking (self-confidence), cut at recall 0.6",
-            f"precision {_at_recall(doubts["cleanlab's"], wrong, 0.6):.3f}",
-            "",
-        ),
-        _found("**neighbours, as `label_errors` does**", errors, wrong, "0.5 at 0.6"),
-        ("neighbours' ranking, cut at recall 0.6", f"precision {_at_recall(doubts['ours'], wrong, 0.6):.3f}", "≥ cleanlab's"),
-        ("seconds: five logistic regressions; neighbours", f"{probe_seconds:.0f}; {neighbour_seconds:.0f}", ""),
-    ]
     test = _vectors(options.work, "test", data["test_texts"])
-    every = np.ones(len(wrong), dtype=bool)
-    raw_row, raw = _trained("test accuracy of a logistic regression, raw", vectors, data, test, every)
-    clean_row, clean = _trained("the same, cleaned", vectors, data, test, ~errors)
-    true_row, _ = _trained("the same, only rows whose label is true", vectors, data, test, ~wrong)
-    rows += [raw_row, clean_row, _compared(raw, clean, data["test_labels"]), true_row]
+    rows, errors = _finding(vectors, data)
+    rows += _training(vectors, test, data, errors)
     if options.finetune:
-        accuracies = [_finetuned(data, options.work, chosen, name) for name, chosen in (("raw", every), ("clean", ~errors))]
-        rows.append(("fine-tuned one epoch, 2,000 test rows: raw, cleaned", "; ".join(f"{a:.4f}" for a in accuracies), ""))
+        sets = {"raw": np.ones(len(errors), dtype=bool), "clean": ~errors}
+        accuracies = [f"{_finetuned(data, options.work, part, name):.4f}" for name, part in sets.items()]
+        rows.append(("fine-tuned one epoch, 2,000 test rows: raw; cleaned", "; ".join(accuracies), "above the first"))
     keep("label_errors", table("Label errors, ag_news/noisy_annotators", rows))
 
 

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from moss_rlhf.data import Column, load_splits
 from moss_rlhf.curating import TextVectors, cleaning_effect
+from moss_rlhf.data import Column, load_splits
 from moss_rlhf.data.cleaning import clean_splits
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import CleanSpec, DataSpec
@@ -126,7 +126,7 @@ def test_a_text_is_embedded_once_and_kept(tiny_model, tmp_path):
 
 
 def test_the_effect_of_dropping_turned_labels_is_a_gain(tmp_path):
-    """Two clouds, a third of train's labels turned in one corner: without those rows the probe gets that corner right."""
+    """Three clouds, one of them turned in train: without those rows the probe gets more of it right."""
     generator = np.random.default_rng(0)
     corners = {"a": (3, 0), "b": (-3, 0), "c": (0, 3)}  # texts of the corner c are truly of label x
     points, rows = [], {"train": [], "validation": []}
@@ -147,7 +147,7 @@ def test_the_effect_of_dropping_turned_labels_is_a_gain(tmp_path):
     def embed(texts):
         return vectors[[int(text.split()[-1]) for text in texts]].astype(np.float32)
 
-    # min_letters 4 leaves only numbers of four digits: none; so drop by markup instead, planted in corner c
+    # the turned rows are known by a tag
     marked = splits.train.map(lambda row: {"text": row["text"].replace("?", "<br>")})
     import dataclasses
 

@@ -59,10 +59,10 @@ def cleaning_effect(
 ) -> dict[str, float]:
     """What cleaning does to a cheap classifier's accuracy on the rows of validation that are left.
 
-    The classifier is a logistic regression on embeddings of the recipe's model, trained on train as it was and as it is.
+    The classifier is a logistic regression on embeddings of the recipe's model, trained on train as it was and is.
 
-    returns   {"raw_accuracy", "cleaned_accuracy", "delta", "low", "high", "p_value"}: cleaned − raw, paired bootstrap and
-              McNemar's test.
+    returns   {"raw_accuracy", "cleaned_accuracy", "delta", "low", "high", "p_value"}: delta is cleaned − raw, with its
+              paired bootstrap interval and McNemar's p-value.
     """
     sets = [_texts_and_labels(rows, columns) for rows in (before.train, cleaned.splits.train)]
     texts, truth = _texts_and_labels(cleaned.splits.validation, columns)

@@ -55,7 +55,9 @@ def _clean(splits, **checks):
 
 
 def _found(cleaned, split):
-    return [(found.check, found.line, found.action, found.partner) for found in cleaned.findings if found.split == split]
+    return [
+        (found.check, found.line, found.action, found.partner) for found in cleaned.findings if found.split == split
+    ]
 
 
 DROP_ALL = {

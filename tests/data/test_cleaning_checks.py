@@ -84,12 +84,18 @@ def test_lengths_are_judged_by_the_reference_alone():
 def test_boilerplate_is_what_many_different_texts_hold_and_certain_where_it_is_half_the_text():
     banner = "Visit our site for more offers today."
     long_own = "A view of the sea that nobody who was there for the summer is going to forget soon"
-    texts = [*(f"Text number {number}. {banner}" for number in range(5)), f"{long_own}. {banner}", "no banner here at all."]
+    texts = [
+        *(f"Text number {number}. {banner}" for number in range(5)),
+        f"{long_own}. {banner}",
+        "no banner here at all.",
+    ]
     hits = boilerplate_texts(texts, 6, texts)
     assert _rows(hits) == [0, 1, 2, 3, 4, 5]
     assert [hit.certain for hit in hits] == [True] * 5 + [False]
     assert boilerplate_texts(texts, 7, texts) == []
-    assert boilerplate_texts([banner] * 20, 2, [banner] * 20) == []  # one text, twenty times: duplicates, not boilerplate
+    assert (
+        boilerplate_texts([banner] * 20, 2, [banner] * 20) == []
+    )  # one text, twenty times: duplicates, not boilerplate
 
 
 def test_foreign_texts_with_a_given_identifier():

@@ -75,5 +75,5 @@ def test_a_corpus_is_read_row_by_row(tmp_path):
 def test_a_missing_column_is_named(name, content, tmp_path):
     path = tmp_path / name
     path.write_text(content, "utf-8")
-    with pytest.raises(DataError, match="there is no column 'text'.*body"):
+    with pytest.raises(DataError, match=r"there is no column 'text'.*body"):
         list(read_corpus(path, "text"))

@@ -68,5 +68,5 @@ def test_what_is_declared_is_read_back_and_nonsense_is_refused():
     assert Cut.read(cut.declared(), "here") == cut
     assert Cut.read(None, "here") is None
     for declared in ({"keep": "middle", "max_length": 8}, {"keep": "head"}, {"keep": "head", "max_length": 0}):
-        with pytest.raises(ModelError, match="config.json declares the cut"):
+        with pytest.raises(ModelError, match=r"config\.json declares the cut"):
             Cut.read(declared, "here")

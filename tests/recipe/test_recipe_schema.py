@@ -54,7 +54,10 @@ def test_specs_are_frozen_to_the_bottom():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"clean": {"duplicates": "yes"}}, r"data\.clean\.duplicates: 'yes' can't be used; it must be 'off', 'flag' or 'drop'"),
+        (
+            {"clean": {"duplicates": "yes"}},
+            r"data\.clean\.duplicates: 'yes' can't be used; it must be 'off', 'flag' or 'drop'",
+        ),
         ({"clean": {"empty": "mend"}}, r"data\.clean\.empty: 'mend' can't be used"),
         ({"clean": {"threshold": 1.5}}, r"data\.clean\.threshold: 1\.5 can't be used"),
         ({"clean": {"threshold": 0}}, r"data\.clean\.threshold"),
@@ -72,7 +75,9 @@ def test_what_data_cannot_do_is_refused(data, message):
 
 
 def test_checks_that_are_on_come_in_their_order():
-    recipe = make_recipe(FULL | {"data": FULL["data"] | {"clean": {"leaks": "drop", "markup": "mend", "empty": "flag"}}})
+    recipe = make_recipe(
+        FULL | {"data": FULL["data"] | {"clean": {"leaks": "drop", "markup": "mend", "empty": "flag"}}}
+    )
     assert list(recipe.data.clean.checks.items()) == [("empty", "flag"), ("markup", "mend"), ("leaks", "drop")]
     assert make_recipe(recipe_values(recipe)) == recipe
 

@@ -42,7 +42,7 @@ def test_answers_are_those_of_transformers_one_text_at_a_time(family, tiny_check
 @pytest.mark.parametrize("keep", ["head", "tail", "head+tail", "windows"])
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_texts_are_cut_as_in_training(keep, family, tiny_model, tmp_path):
-    """The predictor, which has no transformers tokenizer, answers as the task that measures does, checkpoint or ONNX."""
+    """The predictor, which has no transformers tokenizer, answers as the task that measures does."""
     from moss_rlhf.model.checkpoint import save_checkpoint
     from moss_rlhf.model.cutting import Cut
     from moss_rlhf.model.runtime import TorchRuntime
@@ -56,7 +56,9 @@ def test_texts_are_cut_as_in_training(keep, family, tiny_model, tmp_path):
     assert again.cut == model.cut
     texts = [text for text in TEXTS if text]
     task = TASKS["text-classification"]
-    logits = task.predict(TorchRuntime(again.network), encoded(again, [{"text": text} for text in texts]), again.tokenizer)
+    logits = task.predict(
+        TorchRuntime(again.network), encoded(again, [{"text": text} for text in texts]), again.tokenizer
+    )
     expected = torch.from_numpy(logits).double().softmax(dim=1)
     answers = list(Predictor.open(tmp_path / "model").predict(texts))
     assert [answer.probability for answer in answers] == pytest.approx(expected.max(dim=1).values.tolist(), abs=1e-5)

@@ -87,7 +87,7 @@ def choose_diverse(scores: Floats, vectors: Floats, count: int, diversity: float
 
 
 class Keywords:
-    """Finds words in a text, in any case: whole ones where letters are parted by spaces, anywhere in Chinese or Japanese."""
+    """Finds words in a text, in any case: whole ones where they are ASCII, anywhere in Chinese or Japanese."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self._patterns = {word: re.compile(_pattern(word), re.IGNORECASE) for word in words}

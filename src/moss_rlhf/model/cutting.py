@@ -1,4 +1,4 @@
-"""Which tokens of a text that is too long a classifier reads. Saved with the checkpoint, so that serving reads the same.
+"""Which tokens of a text that is too long a classifier reads. Saved with the checkpoint: serving reads the same.
 
 head        the first ones;  tail  the last ones
 head+tail   the first quarter of the room and the last three quarters: 128 + 382 of 510

@@ -35,7 +35,10 @@ class CleanSpec(Spec):
         "neighbours", description="of label_errors: the nearest rows' votes, or confident learning (cleanlab)"
     )
     label_support: float = Field(
-        0.85, gt=0, lt=1, description="of neighbours: a label is suspicious below this part of its class's usual support"
+        0.85,
+        gt=0,
+        lt=1,
+        description="of neighbours: a label is suspicious below this part of its class's usual support",
     )
     folds: int = Field(5, ge=2, le=20, description="of confident learning: parts that are each judged by the others")
     ablate: bool = Field(False, description="measure on validation what cleaning does to a cheap classifier")

@@ -51,7 +51,8 @@ class DataSpec(Spec):
         "auto", description="tokens kept of each text; auto: the 99th percentile of train, within the model's limit"
     )
     truncation: Literal["head", "tail", "head+tail", "windows"] = Field(
-        "head", description="what is kept of a longer text; windows: all of it, in overlapping rows whose logits are averaged"
+        "head",
+        description="what is kept of a longer text; windows: all of it, in overlapping rows whose logits are averaged",
     )
     limit: Positive | dict[Literal["train", "validation", "test"], Positive] | None = Field(
         None, description="a seeded subset of each split"
@@ -60,7 +61,9 @@ class DataSpec(Spec):
         "error", description="a line with missing cells, an empty text or label, or bytes that can't be decoded"
     )
 
-    clean: CleanSpec | None = Field(None, description="what is looked for in the rows; none: only equal texts in two splits")
+    clean: CleanSpec | None = Field(
+        None, description="what is looked for in the rows; none: only equal texts in two splits"
+    )
     balance: Literal["none", "oversample", "undersample"] = Field(
         "none", description="repeat or leave out rows of train until every class has equally many"
     )

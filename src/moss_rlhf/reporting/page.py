@@ -191,9 +191,10 @@ def _cleaning_effect(report: Report) -> str:
     if not effect:
         return ""
     change = f"{wording.signed(effect['delta'])} ({wording.signed(effect['low'])} to {wording.signed(effect['high'])})"
+    cleaned, raw = (wording.score(effect[name]) for name in ("cleaned_accuracy", "raw_accuracy"))
     return (
-        f"A logistic regression on embeddings reaches an accuracy of {wording.score(effect['cleaned_accuracy'])} on "
-        f"validation when trained on the cleaned rows, {wording.score(effect['raw_accuracy'])} on the raw ones: {change}."
+        f"A logistic regression on embeddings reaches an accuracy of {cleaned} on validation when trained on the "
+        f"cleaned rows, {raw} on the raw ones: {change}."
     )
 
 

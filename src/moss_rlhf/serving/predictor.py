@@ -66,7 +66,9 @@ class Predictor:
 
     def _answers(self, texts: Sequence[str]) -> Iterator[Answer]:
         encodings = self.tokenizer.encode_batch(list(texts))
-        kept = [(text, encoding, self.cut.rows(encoding.special_tokens_mask)) for text, encoding in enumerate(encodings)]
+        kept = [
+            (text, encoding, self.cut.rows(encoding.special_tokens_mask)) for text, encoding in enumerate(encodings)
+        ]
         rows = [_row(encoding, places) for _, encoding, windows in kept for places in windows]
         numbers = np.array([text for text, _, windows in kept for _ in windows])
         parts = [self.runtime.run(batch) for batch in batches_of(rows, max(len(texts), 1), self.padding)]

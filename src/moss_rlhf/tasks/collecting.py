@@ -1,4 +1,4 @@
-"""`collect`: a task's texts out of a large corpus, by likeness to examples, by words, by perplexity; diverse, in one pass."""
+"""`collect`: a task's texts out of a large corpus, by likeness to examples, words or perplexity; diverse, in one pass."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def collect(
 ) -> list[dict[str, Any]]:
     """Choose `count` texts of a corpus. The corpus is read once; memory holds 5 · count candidates.
 
-    What ranks is the first given of: likeness to the nearest example (cosine of mean-pooled embeddings), perplexity (the
-    lower the better), how many of the keywords a text holds. Texts without any of the keywords are passed over, and those
-    above max_perplexity. Of the best candidates diverse ones are taken, by maximal marginal relevance.
+    What ranks is the first given of: likeness to the nearest example (cosine of mean-pooled embeddings), perplexity
+    (the lower the better), how many of the keywords a text holds. Texts without any of the keywords are passed over,
+    and those above max_perplexity. Of the best candidates diverse ones are taken, by maximal marginal relevance.
 
     corpus       csv, tsv, txt, json, jsonl or parquet, also .gz.
     like         example texts, or a file of them.

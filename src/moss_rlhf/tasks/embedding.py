@@ -73,7 +73,7 @@ def _embed_batch(network: Any, batch: dict[str, NDArray[np.int64]]) -> NDArray[n
 
 
 def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the places inside each text, scaled to L2 norm 1: (batch, length, hidden), (batch, length) → (batch, hidden)."""
+    """Mean over the places inside each text, of norm 1: (batch, length, hidden), (batch, length) → (batch, hidden)."""
     from torch.nn.functional import normalize
 
     inside = mask.unsqueeze(-1).to(states.dtype)

@@ -108,7 +108,9 @@ def clean_splits(
                 findings += _apply(check, action, find(parts[name]), parts, name, splits)
     findings.sort(key=lambda finding: (list(parts).index(finding.split), CHECKS.index(finding.check), finding.line))
     _refuse_emptied(parts, findings)
-    return Cleaned(_rebuilt(splits, columns, parts, findings), findings, {name: part.left for name, part in parts.items()})
+    return Cleaned(
+        _rebuilt(splits, columns, parts, findings), findings, {name: part.left for name, part in parts.items()}
+    )
 
 
 def _parts(splits: Splits, columns: Sequence[Column]) -> dict[str, Part]:
@@ -141,7 +143,9 @@ def _finder(check: str, spec: CleanSpec, parts: Mapping[str, Part], seed: int, e
         "conflicts": lambda part: conflicting_rows(part.name, part.left_texts, part.left_labels or []),
         "near_duplicates": lambda part: near_duplicates(part.name, part.left_texts, part.left_labels, spec.threshold),
         "leaks": lambda part: leaking_rows(
-            part.left_texts, {name: parts[name].left_texts for name in _LATER[part.name] if name in parts}, spec.threshold
+            part.left_texts,
+            {name: parts[name].left_texts for name in _LATER[part.name] if name in parts},
+            spec.threshold,
         ),
         "boilerplate": lambda part: boilerplate_texts(part.left_texts, spec.boilerplate_rows, train),
         "length": lambda part: length_outliers(part.left_texts, train),
@@ -179,9 +183,7 @@ def _action(check: str, action: str, split: str, hit: Hit) -> str:
     return action if split == "train" or (action == "drop" and check in _VALIDATION_TOO) else "flag"
 
 
-def _finding(
-    check: str, action: str, hit: Hit, parts: Mapping[str, Part], part: Part, splits: Splits
-) -> Finding:
+def _finding(check: str, action: str, hit: Hit, parts: Mapping[str, Part], part: Part, splits: Splits) -> Finding:
     row = int(part.left[hit.row])
     label = part.labels[row] if part.labels else ""
     partner = _place(splits, hit.partner[0], int(parts[hit.partner[0]].left[hit.partner[1]])) if hit.partner else ""
@@ -208,7 +210,9 @@ def _refuse_emptied(parts: Mapping[str, Part], findings: Sequence[Finding]) -> N
     remedy = "Set the check that drops most to flag, and look at what it finds"
     lost = sorted(set(train.labels or []) - set(train.left_labels or []))
     if lost:
-        raise DataError(f"data.clean: would leave no row of the class {lost[0]!r} in train (dropped: {gone}). {remedy}.")
+        raise DataError(
+            f"data.clean: would leave no row of the class {lost[0]!r} in train (dropped: {gone}). {remedy}."
+        )
     for name, part in parts.items():
         if len(part.left) == 0:
             raise DataError(f"data.clean: would leave no row in {name} of {len(part.texts)}. {remedy}.")
@@ -244,7 +248,9 @@ def _mended(rows: Any, part: Part, texts: Sequence[str]) -> Any:
     def mend(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:
         return {column: [mend_markup(text) or text for text in batch[column]] for column in texts}
 
-    return rows.map(mend, batched=True, keep_in_memory=True, load_from_cache_file=False, new_fingerprint=_part_digest(part))
+    return rows.map(
+        mend, batched=True, keep_in_memory=True, load_from_cache_file=False, new_fingerprint=_part_digest(part)
+    )
 
 
 def _part_digest(part: Part) -> str:

@@ -27,9 +27,7 @@ def conflicting_rows(split: str, texts: Sequence[str], labels: Sequence[str]) ->
     rows: dict[str, list[int]] = {}
     for row, text in enumerate(texts):
         rows.setdefault(text.strip(), []).append(row)
-    return sorted(
-        (hit for group in rows.values() for hit in _conflict(split, group, labels)), key=lambda hit: hit.row
-    )
+    return sorted((hit for group in rows.values() for hit in _conflict(split, group, labels)), key=lambda hit: hit.row)
 
 
 def _conflict(split: str, rows: Sequence[int], labels: Sequence[str]) -> list[Hit]:
@@ -41,6 +39,11 @@ def _conflict(split: str, rows: Sequence[int], labels: Sequence[str]) -> list[Hi
     shown = ", ".join(f"{count} × {label}" for label, count in sorted(counts.items()))
     partners = {label: next(row for row in rows if labels[row] != label) for label in counts}
     return [
-        Hit(row, f"the same text under different labels: {shown}", (split, partners[labels[row]]), labels[row] != majority)
+        Hit(
+            row,
+            f"the same text under different labels: {shown}",
+            (split, partners[labels[row]]),
+            labels[row] != majority,
+        )
         for row in rows
     ]

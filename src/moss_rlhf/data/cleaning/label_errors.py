@@ -1,14 +1,14 @@
 """Labels that the other rows contradict, by embeddings: of the nearest rows, or by confident learning.
 
-Neighbours (the default). A row's own label should be that of most texts like it. Of its k nearest rows by cosine s, each
-votes for its label with weight s⁴ · trust; the share of the row's own label is its support, and is its trust in the next
-round, so rows that are contradicted themselves lose their vote. A label is suspicious where its support is below 0.85
-of what rows of its label have on average: a threshold for each class, as in confident learning, for some classes are harder
-than others. No row votes for itself, so no folds are needed.
+Neighbours (the default). A row's own label should be that of most texts like it. Of its k nearest rows by cosine s,
+each votes for its label with weight s⁴ · trust; the share of the row's own label is its support, and is its trust in
+the next round, so rows that are contradicted themselves lose their vote. A label is suspicious where its support is
+below 0.85 of what rows of its label have on average: a threshold for each class, as in confident learning, for some
+classes are harder than others. No row votes for itself, so no folds are needed.
 
 Confident learning (Northcutt et al. 2021, arXiv:1911.00068) through cleanlab: a logistic regression gives every row
-probabilities from folds that it was not trained on, and the counts of confident disagreements say how many labels of each
-class are wrong; the least likely go.
+probabilities from folds that it was not trained on, and the counts of confident disagreements say how many labels of
+each class are wrong; the least likely go.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from moss_rlhf.data.cleaning.probe import Floats, Indices, probe_probabilities, 
 Method = Literal["neighbours", "confident"]
 
 _NEIGHBOURS = 50
-_SHARE_OF_CLASS = 8  # a class of n rows is judged by at most n / 8 neighbours, or small classes would always be outvoted
+_SHARE_OF_CLASS = (
+    8  # a class of n rows is judged by at most n / 8 neighbours, or small classes would always be outvoted
+)
 _ROUNDS = 4
 _POWER = 4
 SUPPORT = 0.85
-"""Measured on news topics with annotators' labels (docs/clean.md): of 0.7 to 0.9, precision 0.67 to 0.60, recall 0.53 to 0.64."""
+"""Measured on annotators' labels of news (docs/clean.md): from 0.7 to 0.9 precision falls from 0.67 to 0.60, and recall
+rises from 0.53 to 0.64."""
 _CHUNK_NUMBERS = 2**24
 
 
@@ -61,7 +64,8 @@ def suspicious_labels(
 def _reason(shares: Floats, names: NDArray[np.str_], label: int) -> str:
     others = np.where(np.arange(len(names)) == label, -1.0, shares)
     best = int(others.argmax())
-    return f"other rows say {str(names[best])!r} ({shares[best]:.2f}), for {str(names[label])!r} speaks {shares[label]:.2f}"
+    said, given = str(names[best]), str(names[label])
+    return f"other rows say {said!r} ({shares[best]:.2f}), for {given!r} speaks {shares[label]:.2f}"
 
 
 # --- neighbours ------------------------------------------------------------------------------------------------------
@@ -100,7 +104,7 @@ def nearest_rows(vectors: Floats, count: int) -> tuple[Indices, NDArray[np.float
 
 
 def unsupported(shares: Floats, classes: Indices, support: float) -> NDArray[np.bool_]:
-    """Rows, (rows,), whose own class has less than `support` × the share that it has on average where it is the label."""
+    """Rows, (rows,), whose own class has less than `support` × its average share where it is the label."""
     own = shares[np.arange(len(classes)), classes]
     usual = np.bincount(classes, weights=own) / np.bincount(classes)
     below: NDArray[np.bool_] = own < support * usual[classes]

@@ -1,10 +1,10 @@
 """Near duplicates: MinHash finds the candidates, the shingles themselves decide.
 
 A text is the set of its character n-grams; two texts are alike as far as their sets are, by Jaccard similarity
-J = |A ∩ B| / |A ∪ B|. A MinHash signature holds the least value of each of 128 hash functions over the set: two agree in
-a place with probability J (Broder 1997). Signatures are cut into bands, and texts that agree in a whole band are
-candidates (Indyk & Motwani 1998; Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, §3.4). A candidate counts only
-where J itself reaches the threshold, so chance makes no false find; what it may miss is bounded by `_FOUND`.
+J = |A ∩ B| / |A ∪ B|. A MinHash signature holds the least value of each of 128 hash functions over the set: two agree
+in a place with probability J (Broder 1997). Signatures are cut into bands, and texts that agree in a whole band are
+candidates (Indyk & Motwani 1998; Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, §3.4). A candidate counts
+only where J itself reaches the threshold, so chance makes no false find; what it may miss is bounded by `_FOUND`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def probe_answers(train: Floats, labels: Indices, features: Floats) -> Indices:
 
 
 def stratified_folds(labels: Indices, folds: int, seed: int) -> Indices:
-    """A fold for each row, 0 to folds − 1, every class dealt out evenly; −1 for rows of a class with fewer than `folds`.
+    """A fold for each row, 0 to folds − 1, every class dealt out evenly; −1 in a class of fewer rows than `folds`.
 
     Those cannot be judged by rows of their class: they only ever train.
     """
