@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from moss_rlhf.data import DataCheck, check_data
+from moss_rlhf.data.cleaning import check_packages
 from moss_rlhf.data.texts import read_texts
 from moss_rlhf.errors import MachineError, ModelError, RecipeError, nearest
 from moss_rlhf.model.anatomy import FAMILIES, BlockShape, family_of
@@ -69,7 +70,7 @@ from moss_rlhf.rundir import refuse_foreign
 from moss_rlhf.strategy import Run, cached_runs, frozen_blocks, lowest_trained
 from moss_rlhf.strategy.augmentation import check_masked_model, check_operations, check_translator, language_of
 from moss_rlhf.strategy.augmentation.words import Language
-from moss_rlhf.tasks import TASKS
+from moss_rlhf.tasks import TASKS, TextClassification
 from moss_rlhf.tasks.lengths import choose_max_length, length_facts
 
 _EFFICIENCY = 0.5  # of a plain matrix product's speed, reached in training (docs/LOG.md)
@@ -133,6 +134,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     asked, recipe = recipe, settled(recipe)
     check_stages(recipe, place)
     check_output(recipe, place)
+    check_rows(recipe)
     task = TASKS[recipe.task]
     known = trained_labels(config)
     data = check_data(
@@ -148,6 +150,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     rows = {split: facts["rows"] for split, facts in data.facts.items()}
     stages = tuple(_forecasts(recipe, state, config, rows, tokens["train"]["mean"], longest))
     notes = [*_cache_notes(recipe, state, config, rows["train"], tokens["train"]["mean"]), *_decided(asked, recipe)]
+    notes += _later(recipe)
     return Check(data, tokens, state.parameters, stages, (*data.notes, *notes))
 
 
@@ -161,6 +164,25 @@ def _decided(asked: Recipe, recipe: Recipe) -> Iterator[str]:
     for index, (before, after) in enumerate(zip(asked.stages, recipe.stages, strict=True)):
         if before != after and stage_spec(after).distill is not None:
             yield f"stages.{index}.finetune learns from its parent (distill: auto; none turns it off)."
+
+
+def check_rows(recipe: Recipe) -> None:
+    """Whether what `data` asks of the rows can be done: for this task, with these packages."""
+    check_packages(recipe.data.clean)
+    if recipe.data.truncation != "head" and not isinstance(TASKS[recipe.task], TextClassification):
+        raise RecipeError(
+            f"data.truncation: {recipe.data.truncation} is for text classification; {recipe.task} reads texts from "
+            "their head. Leave it out."
+        )
+
+
+def _later(recipe: Recipe) -> list[str]:
+    """What moss run does to the rows before the first stage, and a check has not counted."""
+    found = {
+        "data.clean has not been done yet: rows are those before it.": recipe.data.clean and recipe.data.clean.checks,
+        "data.balance has not been done yet: rows are those before it.": recipe.data.balance != "none",
+    }
+    return [sentence for sentence, holds in found.items() if holds]
 
 
 def check_stages(recipe: Recipe, place: Path) -> None:

@@ -118,6 +118,42 @@ def _input_lines() -> Iterator[str]:
 
 
 @app.command()
+def collect(
+    corpus: Annotated[Path, typer.Argument(help="csv, tsv, txt, json, jsonl or parquet, also .gz")],
+    output: Annotated[Path, typer.Argument(help="the jsonl file to write, which a recipe then names")],
+    count: Annotated[int, typer.Option(help="texts to take")],
+    like: Annotated[Path | None, typer.Option(help="a file of example texts")] = None,
+    keyword: Annotated[list[str] | None, typer.Option(help="a word that texts must hold; may be repeated")] = None,
+    model: Annotated[str | None, typer.Option(help="hub id or checkpoint whose embeddings compare texts")] = None,
+    perplexity: Annotated[str | None, typer.Option(help="a causal language model")] = None,
+    max_perplexity: Annotated[float | None, typer.Option(help="texts above it are passed over")] = None,
+    diversity: Annotated[float, typer.Option(help="0: the best alone; 1: the farthest apart")] = 0.3,
+    column: Annotated[str, typer.Option(help="where texts stand")] = "text",
+    seed: Annotated[int, typer.Option(help="decides between texts that are equally good")] = 0,
+) -> None:
+    """Choose a task's texts out of a large corpus: like examples, with words, of low perplexity, and diverse."""
+    from moss_rlhf.progress import Progress, quiet_libraries
+    from moss_rlhf.tasks.collecting import collect as collect_texts
+
+    quiet_libraries()
+    found = collect_texts(
+        corpus,
+        count=count,
+        like=like,
+        keywords=keyword or (),
+        model=model,
+        perplexity=perplexity,
+        max_perplexity=max_perplexity,
+        diversity=diversity,
+        column=column,
+        seed=seed,
+        output=output,
+        progress=Progress(),
+    )
+    print(f"{len(found)} texts: {output}")
+
+
+@app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="a checkpoint")],
     data: Annotated[Path, typer.Argument(help="a data file with text and label")],

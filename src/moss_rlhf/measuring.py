@@ -37,7 +37,7 @@ from moss_rlhf.model.runtime import Batch, OnnxRuntime, Runtime, TorchRuntime, u
 from moss_rlhf.model.temperature import Temperature, write_temperature
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import EvaluateSpec
-from moss_rlhf.tasks import TASKS
+from moss_rlhf.tasks import TASKS, TextClassification
 from moss_rlhf.tasks.calibration import reliability
 
 _CHANGED_SHOWN = 20
@@ -105,7 +105,7 @@ class Measuring:
             "runtime": artifact.runtime.name,
             "split": self.split,
             "metrics": metrics_of(task, answers, **self._intervals),
-            "rows": len(self.rows),
+            "rows": task.texts(self.rows) if isinstance(task, TextClassification) else len(self.rows),
             **sizes_of(model, float(np.mean(self.rows["length"]))),
             "bytes": artifact.bytes,
         }

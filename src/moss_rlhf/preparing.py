@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from moss_rlhf.augmenting import Augmentation, augment
-from moss_rlhf.checking import check_labels, check_output, check_stages, trains_on_copies
+from moss_rlhf.checking import check_labels, check_output, check_rows, check_stages, trains_on_copies
+from moss_rlhf.curating import curate
 from moss_rlhf.data import Splits, load_splits
 from moss_rlhf.files import digest, file_digest
 from moss_rlhf.model.checkpoint import (
@@ -22,6 +23,7 @@ from moss_rlhf.model.checkpoint import (
     load_tokenizer,
 )
 from moss_rlhf.model.config import position_limit, read_config, trained_labels
+from moss_rlhf.model.cutting import Cut
 from moss_rlhf.model.locate import locate, weight_files
 from moss_rlhf.model.runtime import Batch, usable_cores
 from moss_rlhf.progress import Progress
@@ -36,7 +38,7 @@ from moss_rlhf.recipe import (
     stages_before_compression,
 )
 from moss_rlhf.rundir import RunDirectory, StageFolder
-from moss_rlhf.tasks import TASKS, Task
+from moss_rlhf.tasks import TASKS, Task, TextClassification
 from moss_rlhf.tasks.batching import batches_of, padding_of
 from moss_rlhf.tasks.lengths import choose_max_length, length_facts
 from moss_rlhf.tasks.loading import load
@@ -52,6 +54,7 @@ class EncodedSplits:
 
     `augmented` are the training rows with their changed copies behind them; without any, the training rows.
     train_texts   the rows of train, not tokenized.
+    cut   how long texts were cut; every model of the run is saved with it.
     """
 
     train: Any
@@ -62,6 +65,7 @@ class EncodedSplits:
     texts: Any
     train_texts: Any
     facts: dict[str, dict[str, Any]]
+    cut: Cut
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,9 @@ class Session:
 
         torch.manual_seed(self.recipe.seed)  # a new head is drawn from it
         auto_class = self.task.auto_class()
-        return load_pretrained(self.source, self.task.name, auto_class, self.labels, self.recipe.trust_remote_code)
+        model = load_pretrained(self.source, self.task.name, auto_class, self.labels, self.recipe.trust_remote_code)
+        model.cut = self.rows.cut
+        return model
 
     def rows_to_train(self, spec: object) -> Any:
         """The encoded rows that a stage trains on: with their changed copies, where it uses them."""
@@ -149,6 +155,7 @@ def prepare(recipe: Recipe, place: RunDirectory, progress: Progress, threads: in
     """Read the data and tokenize it, find the model, name every stage's folder."""
     task, source = TASKS[recipe.task], locate(recipe.model)
     check_stages(recipe, source)
+    check_rows(recipe)
     if not (place.path / "stages").exists():  # a run that goes on has taken its space already
         check_output(recipe, source)
     splits = load_splits(
@@ -160,10 +167,29 @@ def prepare(recipe: Recipe, place: RunDirectory, progress: Progress, threads: in
         progress=progress,
     )
     check_labels(recipe, read_config(source), splits.labels)
+    splits = _curate(splits, task, source, recipe, place, progress)
     augmentation = augment(recipe, splits, place.data, progress)
     rows = _encode(splits, augmentation, task, source, recipe, place.data)
     start = _start_fingerprint(recipe, source, splits, augmentation, threads)
     return Session(recipe, place, progress, source, splits.labels, splits.notes, rows, _folders(recipe, place, start))
+
+
+def _curate(
+    splits: Splits, task: Task, source: Path, recipe: Recipe, place: RunDirectory, progress: Progress
+) -> Splits:
+    def open_model() -> Model:
+        return load_pretrained(source, task.name, task.auto_class(), splits.labels, recipe.trust_remote_code)
+
+    return curate(
+        splits,
+        task.columns,
+        recipe.data,
+        seed=recipe.seed,
+        place=place,
+        source=digest(_describe([*weight_files(source), *_companions(source)])),
+        open_model=open_model,
+        progress=progress,
+    )
 
 
 def _encode(
@@ -181,13 +207,15 @@ def _encode(
         if rows is not None
     }
     longest = choose_max_length(recipe.data.max_length, lengths["train"], limit)
+    cut = Cut(recipe.data.truncation, longest)
     made = [augmentation.digest] if augmentation else []
-    name = digest([splits.digest, longest, _describe(_companions(source)), *made])
+    name = digest([splits.digest, cut.declared(), _describe(_companions(source)), *made])
 
     def encode(split: str) -> Any:
-        return task.encode(
-            (present | copies)[split], tokenizer, longest, str(cache / f"{split}-{name[:16]}-tokens.arrow")
-        )
+        rows, file = (present | copies)[split], str(cache / f"{split}-{name[:16]}-tokens.arrow")
+        if isinstance(task, TextClassification):
+            return task.encode(rows, tokenizer, longest, file, keep=cut.keep)
+        return task.encode(rows, tokenizer, longest, file)
 
     split = "validation" if splits.test is None else "test"
     facts = {name: splits.facts[name] | {"tokens": length_facts(values, longest)} for name, values in lengths.items()}
@@ -196,7 +224,7 @@ def _encode(
         facts["train"] = facts["train"] | {"augmented": augmentation.facts}
     augmented = concatenate_datasets([train, *map(encode, copies)]) if copies else train
     evaluation = validation if split == "validation" else encode("test")
-    return EncodedSplits(train, augmented, validation, evaluation, split, present[split], splits.train, facts)
+    return EncodedSplits(train, augmented, validation, evaluation, split, present[split], splits.train, facts, cut)
 
 
 def _start_fingerprint(
@@ -208,6 +236,7 @@ def _start_fingerprint(
             "source": _describe([*weight_files(source), *_companions(source)]),
             "data": splits.digest if augmentation is None else [splits.digest, augmentation.digest],
             "max_length": recipe.data.max_length,
+            "truncation": recipe.data.truncation,
             "seed": recipe.seed,
             "threads": threads,
             "versions": {name: importlib.metadata.version(name) for name in _DECIDING},

@@ -17,7 +17,18 @@ from moss_rlhf.errors import MachineError
 from moss_rlhf.files import read_json, write_json, write_text
 
 _LOCK = ".lock"  # the first file of a run; a directory that has it is ours
-_WRITTEN = ("stages", "data", "model", "onnx", "work", "search", "report.json", "report.html", "log.jsonl")
+_WRITTEN = (
+    "stages",
+    "data",
+    "model",
+    "onnx",
+    "work",
+    "search",
+    "report.json",
+    "report.html",
+    "findings.csv",
+    "log.jsonl",
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,11 @@ class RunDirectory:
     @property
     def log(self) -> Path:
         return self.path / "log.jsonl"
+
+    @property
+    def findings(self) -> Path:
+        """What cleaning the data found."""
+        return self.path / "findings.csv"
 
     @property
     def data(self) -> Path:

@@ -51,6 +51,37 @@ def test_specs_are_frozen_to_the_bottom():
             setattr(part, field, 1)
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"clean": {"duplicates": "yes"}},
+            r"data\.clean\.duplicates: 'yes' can't be used; it must be 'off', 'flag' or 'drop'",
+        ),
+        ({"clean": {"empty": "mend"}}, r"data\.clean\.empty: 'mend' can't be used"),
+        ({"clean": {"threshold": 1.5}}, r"data\.clean\.threshold: 1\.5 can't be used"),
+        ({"clean": {"threshold": 0}}, r"data\.clean\.threshold"),
+        ({"clean": {"label_support": 1}}, r"data\.clean\.label_support"),
+        ({"clean": {"folds": 1}}, r"data\.clean\.folds"),
+        ({"clean": {"boilerplate_rows": 1}}, r"data\.clean\.boilerplate_rows"),
+        ({"clean": {"near_duplicate": "drop"}}, r"unknown field 'near_duplicate'; did you mean 'near_duplicates'"),
+        ({"truncation": "middle"}, r"data\.truncation: 'middle' can't be used"),
+        ({"balance": "weights"}, r"data\.balance: 'weights' can't be used"),
+    ],
+)
+def test_what_data_cannot_do_is_refused(data, message):
+    with pytest.raises(RecipeError, match=message):
+        make_recipe(FULL | {"data": FULL["data"] | data})
+
+
+def test_checks_that_are_on_come_in_their_order():
+    recipe = make_recipe(
+        FULL | {"data": FULL["data"] | {"clean": {"leaks": "drop", "markup": "mend", "empty": "flag"}}}
+    )
+    assert list(recipe.data.clean.checks.items()) == [("empty", "flag"), ("markup", "mend"), ("leaks", "drop")]
+    assert make_recipe(recipe_values(recipe)) == recipe
+
+
 def test_stage_forms_mean_the_same():
     forms = ["quantize", {"quantize": None}, {"quantize": {}}, {"quantize": {"scheme": "int8"}}]
     recipes = [make_recipe(FULL | {"stages": [form]}) for form in forms]

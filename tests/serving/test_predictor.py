@@ -39,6 +39,32 @@ def test_answers_are_those_of_transformers_one_text_at_a_time(family, tiny_check
         assert answer.probability == pytest.approx(float(probabilities.max()), abs=1e-5)
 
 
+@pytest.mark.parametrize("keep", ["head", "tail", "head+tail", "windows"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_texts_are_cut_as_in_training(keep, family, tiny_model, tmp_path):
+    """The predictor, which has no transformers tokenizer, answers as the task that measures does."""
+    from moss_rlhf.model.checkpoint import save_checkpoint
+    from moss_rlhf.model.cutting import Cut
+    from moss_rlhf.model.runtime import TorchRuntime
+    from moss_rlhf.tasks import TASKS
+    from moss_rlhf.tasks.loading import encoded, load
+
+    model = tiny_model(family, LABELS)
+    model.cut = Cut(keep, 9)
+    save_checkpoint(model, tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert again.cut == model.cut
+    texts = [text for text in TEXTS if text]
+    task = TASKS["text-classification"]
+    logits = task.predict(
+        TorchRuntime(again.network), encoded(again, [{"text": text} for text in texts]), again.tokenizer
+    )
+    expected = torch.from_numpy(logits).double().softmax(dim=1)
+    answers = list(Predictor.open(tmp_path / "model").predict(texts))
+    assert [answer.probability for answer in answers] == pytest.approx(expected.max(dim=1).values.tolist(), abs=1e-5)
+    assert [answer.label for answer in answers] == [LABELS[place] for place in expected.argmax(dim=1)]
+
+
 def test_no_more_is_read_than_a_batch_holds(tiny_checkpoint):
     """An endless stream of texts is answered as it comes."""
     read = []

@@ -5,6 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from moss_rlhf.model.cutting import Cut
 from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.tasks import TASKS, TextClassification
 from moss_rlhf.tasks.loading import encoded
@@ -57,6 +58,55 @@ def test_encoding_cuts_the_tail_and_keeps_the_ends_mark(tiny_model):
     assert all(row["length"] == len(row["input_ids"]) for row in rows)
     assert rows["labels"][:] == [1, 0, 1, 1, 0]
     assert set(rows.column_names) == {"input_ids", "token_type_ids", "labels", "length"}
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_head_and_tail_of_a_long_text_between_the_special_tokens(family, tiny_model):
+    tokenizer = tiny_model(family).tokenizer
+    text = "good bad great awful lovely boring film hotel phone soup room book"
+    whole = tokenizer(text)["input_ids"]
+    assert len(whole) == 14  # a word a token, and two special ones
+    rows = Dataset.from_dict({"text": [text, "bad film"], "label": [1, 0]})
+
+    def ids(keep):
+        return TASK.encode(rows, tokenizer, max_length=10, keep=keep)["input_ids"][:]
+
+    assert ids("head") == [[*whole[:9], whole[-1]], tokenizer("bad film")["input_ids"]]
+    assert ids("tail") == [[whole[0], *whole[5:]], tokenizer("bad film")["input_ids"]]
+    assert ids("head+tail") == [[whole[0], *whole[1:3], *whole[7:13], whole[-1]], tokenizer("bad film")["input_ids"]]
+
+
+def test_cutting_keeps_every_column_in_step(tiny_model):
+    tokenizer = tiny_model().tokenizer
+    rows = TASK.encode(Dataset.from_dict({"text": TEXTS, "label": [1, 0, 1, 1, 0]}), tokenizer, 5, keep="tail")
+    assert set(rows.column_names) == {"input_ids", "token_type_ids", "labels", "length"}
+    assert all(row["length"] == len(row["input_ids"]) == len(row["token_type_ids"]) <= 5 for row in rows)
+    assert rows["labels"][:] == [1, 0, 1, 1, 0]
+
+
+def test_windows_are_rows_of_their_text_and_their_logits_are_averaged(tiny_model):
+    model = tiny_model()
+    texts = ["bad film", " ".join(["good", "film"] * 9), "awful"]
+    rows = TASK.encode(Dataset.from_dict({"text": texts, "label": [0, 1, 0]}), model.tokenizer, 10, keep="windows")
+    assert rows["row"][:] == [0, 1, 1, 1, 2]  # 18 words in room 8: steps of 6, the last ends with the text
+    assert rows["labels"][:] == [0, 1, 1, 1, 0]
+    assert TASK.labels(rows).tolist() == [0, 1, 0]
+    assert TASK.texts(rows) == 3
+    runtime = TorchRuntime(model.network)
+    pooled = TASK.predict(runtime, rows, model.tokenizer, batch_size=2)
+    single = TASK.predict(runtime, rows.remove_columns("row"), model.tokenizer, batch_size=2)
+    assert pooled.shape == (3, 2)
+    np.testing.assert_allclose(pooled[1], single[1:4].mean(axis=0), atol=1e-6)
+    np.testing.assert_array_equal(pooled[[0, 2]], single[[0, 4]])
+    assert TASK.measure(model.network, rows, model.tokenizer)["accuracy"] in (0, 1 / 3, 2 / 3, 1)
+
+
+def test_rows_are_encoded_as_the_model_was_trained(tiny_model):
+    model = tiny_model()
+    model.cut = Cut("tail", 5)
+    (row,) = encoded(model, [{"text": "good bad great awful lovely"}])
+    expected = model.tokenizer("great awful lovely")["input_ids"]
+    assert row["input_ids"] == expected
 
 
 def test_lengths_are_uncut_and_the_sample_is_seeded(tiny_model):

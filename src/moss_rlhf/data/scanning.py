@@ -24,7 +24,7 @@ from moss_rlhf.recipe import DataSpec, SplitLayout
 DIGEST_BYTES = 16
 MOST_CLASSES = 1000
 _FEW_ROWS = 20
-_FORM = 2  # of the cached files; a higher number makes older ones be written anew
+_FORM = 3  # of the cached files; a higher number makes older ones be written anew
 _BROKEN_SHOWN = 3
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,16 @@ SAMPLE_ROWS = 1000
 _BATCH_CHARACTERS = 2**24
 _DIGEST_COLUMN = "text digest"
 _LABEL_COLUMN = "label position"
+_LINE_COLUMN = "line in the file"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a split's rows stand: the file, what its numbers count ("line" or "row"), and each row's, (rows,)."""
+
+    place: str
+    unit: str
+    lines: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Splits:
              duplicates are rows whose text stood earlier in the same split: counted, kept
     notes    sentences for the user
     digest   names the rows: equal digests, equal splits
+    origins  {split: where its rows stand}
     """
 
     train: Dataset
@@ -50,6 +61,7 @@ class Splits:
     facts: dict[str, dict[str, Any]]
     notes: tuple[str, ...]
     digest: str
+    origins: dict[str, Origin] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,11 @@ def load_splits(
     limit = spec.model_dump(mode="json", include={"limit"})
     name = digest([digests, share, limit, seed, plan.labels, [dataclasses.astuple(column) for column in columns]])
     train, validation, test = (datasets.get(split) for split in ("train", "validation", "test"))
-    return Splits(train, validation, test, plan.labels, plan.facts, plan.notes, name)
+    origins = {
+        split: _origin(scans.get(split, scans["train"]), places.get(split, places["train"]), rows)
+        for split, rows in plan.rows.items()
+    }
+    return Splits(train, validation, test, plan.labels, plan.facts, plan.notes, name, origins)
 
 
 def check_data(
@@ -172,7 +188,8 @@ def _arrow_writer(place: Path, columns: Sequence[Column]) -> Iterator[Keep]:
     import pyarrow
 
     texts = [(column.name, pyarrow.string()) for column in columns if column.kind == "text"]
-    schema = pyarrow.schema([*texts, (_LABEL_COLUMN, pyarrow.int32()), (_DIGEST_COLUMN, pyarrow.binary(DIGEST_BYTES))])
+    ours = [(_LABEL_COLUMN, pyarrow.int32()), (_DIGEST_COLUMN, pyarrow.binary(DIGEST_BYTES))]
+    schema = pyarrow.schema([*texts, *ours, (_LINE_COLUMN, pyarrow.int64())])
     waiting: list[tuple[Any, ...]] = []
     characters = 0
 
@@ -187,7 +204,7 @@ def _arrow_writer(place: Path, columns: Sequence[Column]) -> Iterator[Keep]:
 
         def keep(row: Row, label: int, digest: bytes) -> None:
             nonlocal characters
-            waiting.append((*row.texts, label, digest))
+            waiting.append((*row.texts, label, digest, row.line))
             characters += sum(map(len, row.texts))
             if len(waiting) == BATCH_ROWS or characters > _BATCH_CHARACTERS:
                 flush()
@@ -218,5 +235,12 @@ def _batch_arrays(batch: RecordBatch) -> tuple[NDArray[np.int32], NDArray[np.uin
 def _dataset(place: Path, label: str, classes: Indices, rows: Indices) -> Dataset:
     from datasets import Dataset
 
-    whole = Dataset.from_file(str(place)).remove_columns([_LABEL_COLUMN, _DIGEST_COLUMN])
+    whole = Dataset.from_file(str(place)).remove_columns([_LABEL_COLUMN, _DIGEST_COLUMN, _LINE_COLUMN])
     return whole.add_column(label, classes).select(rows)
+
+
+def _origin(scan: Scan, place: Path, rows: Indices) -> Origin:
+    from datasets import Dataset
+
+    lines = np.asarray(Dataset.from_file(str(place)).with_format("numpy")[_LINE_COLUMN][:])
+    return Origin(scan.place, scan.unit, lines[rows])

@@ -82,7 +82,7 @@ def answer(task: Task, runtime: Runtime, rows: Any, tokenizer: Any) -> Answers:
     """
     if isinstance(task, TextClassification):
         logits = task.predict(runtime, rows, tokenizer)
-        return ClassAnswers(logits, task.answers(logits), np.asarray(rows["labels"], dtype=np.int64))
+        return ClassAnswers(logits, task.answers(logits), task.labels(rows))
     if not isinstance(runtime, TorchRuntime):
         raise ModelError(f"evaluate: {task.name} is measured in PyTorch, not in {runtime.name}. Leave the export out.")
     scores = task.scores(runtime.network, rows, tokenizer)

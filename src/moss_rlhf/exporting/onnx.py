@@ -75,6 +75,8 @@ def _write_companions(model: Model, place: Path) -> None:
     ours = {"task": model.task, "quantization": model.quantization.declared() if model.quantization else None}
     if model.temperature and model.temperature.network == network_digest(model.network):
         ours |= model.temperature.declared()
+    if model.cut:
+        ours["cut"] = model.cut.declared()
     setattr(config, KEY, ours)
     config.save_pretrained(place)
 

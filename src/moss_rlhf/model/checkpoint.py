@@ -7,8 +7,8 @@ is the name of the weight file for transformers 5: a sentence in its place makes
 Everything of ours stands under one key of config.json:
 
     "moss_rlhf": {"task", "shapes": [[heads, feed_forward], …], "hidden", "pruned": [names], "quantization": {"scheme"},
-                  "temperature", "temperature_of"}
-                  "origin": {stack: {"blocks": [0, 1, 3, 5], "of": 6}}}
+                  "temperature", "temperature_of", "origin": {stack: {"blocks": [0, 1, 3, 5], "of": 6}},
+                  "cut": {"keep", "max_length"}}
 
 where all but the task are absent if there is nothing to say. A block with cross-attention declares its heads third.
 `origin` says where the blocks of a shortened stack stood: distillation follows it.
@@ -40,6 +40,7 @@ from moss_rlhf.model.config import (
     trained_labels,
 )
 from moss_rlhf.model.cost import Dimensions
+from moss_rlhf.model.cutting import Cut
 from moss_rlhf.model.fingerprint import network_digest
 from moss_rlhf.model.locate import read_header, weight_files
 from moss_rlhf.model.offload import MappedWeights
@@ -64,6 +65,7 @@ class Model:
     temperature    what logits are divided by before they are probabilities; saved while the network is the one it
                    was fitted on.
     weights        where the blocks' weights are while they are not in memory (load(path, offload=True)).
+    cut            which tokens of long texts it was trained on; None: as many of the first as it has positions for.
     """
 
     network: Any
@@ -74,6 +76,7 @@ class Model:
     sensitivity: dict[str, Any] | None = None
     temperature: Temperature | None = None
     weights: MappedWeights | None = None
+    cut: Cut | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -265,6 +268,7 @@ def load_checkpoint(place: Path, auto_class: Any, *, offload: bool = False) -> M
     model.temperature = Temperature.read(ours, place)
     model.pruned = _pruned_parameters(network, ours.get("pruned", []), place)
     model.weights = MappedWeights() if offload else None
+    model.cut = Cut.read(ours.get("cut"), place)
     return model
 
 
@@ -383,6 +387,8 @@ def save_checkpoint(model: Model, place: str | Path) -> None:
         ours["quantization"] = model.quantization.declared()
     if model.temperature and model.temperature.network == network_digest(model.network):
         ours |= model.temperature.declared()
+    if model.cut:
+        ours["cut"] = model.cut.declared()
     with new_directory(place) as partial:
         model.network.save_pretrained(partial)
         model.tokenizer.save_pretrained(partial)

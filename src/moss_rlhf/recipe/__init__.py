@@ -1,6 +1,7 @@
 """What the user asks for: typed, frozen, unknown keys refused. Imports no torch."""
 
 from moss_rlhf.recipe.augment import RATES, AugmentSpec, BackTranslationSpec, MaskedLMSpec
+from moss_rlhf.recipe.clean import CleanSpec
 from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
 from moss_rlhf.recipe.data import DataSpec, SplitLayout
 from moss_rlhf.recipe.finetuning import (
@@ -34,6 +35,7 @@ __all__ = [
     "AugmentSpec",
     "BackTranslationSpec",
     "CacheSpec",
+    "CleanSpec",
     "DataSpec",
     "DistillSpec",
     "EarlyStoppingSpec",

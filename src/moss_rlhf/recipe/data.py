@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from moss_rlhf.recipe.augment import AugmentSpec
+from moss_rlhf.recipe.clean import CleanSpec
 from moss_rlhf.recipe.spec import Name, Positive, Spec
 
 ColumnReference = int | str | list[int | str]
@@ -50,6 +51,10 @@ class DataSpec(Spec):
     max_length: Literal["auto"] | Annotated[int, Field(ge=4)] = Field(
         "auto", description="tokens kept of each text; auto: the 99th percentile of train, within the model's limit"
     )
+    truncation: Literal["head", "tail", "head+tail", "windows"] = Field(
+        "head",
+        description="what is kept of a longer text; windows: all of it, in overlapping rows whose logits are averaged",
+    )
     limit: Positive | dict[Literal["train", "validation", "test"], Positive] | None = Field(
         None, description="a seeded subset of each split"
     )
@@ -57,6 +62,13 @@ class DataSpec(Spec):
         "error", description="a line with missing cells, an empty text or label, or bytes that can't be decoded"
     )
     augment: AugmentSpec | None = Field(None, description="changed copies of the training rows; off unless given")
+
+    clean: CleanSpec | None = Field(
+        None, description="what is looked for in the rows; none: only equal texts in two splits"
+    )
+    balance: Literal["none", "oversample", "undersample"] = Field(
+        "none", description="repeat or leave out rows of train until every class has equally many"
+    )
 
     @field_validator("validation", mode="before")
     @classmethod

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moss_rlhf.errors import ModelError
 from moss_rlhf.files import read_json
 from moss_rlhf.model.config import KEY, position_limit, read_config
+from moss_rlhf.model.cutting import Cut, pool_windows
 from moss_rlhf.model.runtime import OnnxRuntime, Runtime, TorchRuntime
 from moss_rlhf.model.temperature import Temperature
 from moss_rlhf.tasks.batching import batches_of
@@ -35,6 +37,7 @@ class Predictor:
     tokenizer: Any  # of the package tokenizers
     padding: dict[str, int]
     labels: tuple[str, ...]
+    cut: Cut
     temperature: float = 1.0  # what logits are divided by; it changes no answer's label
 
     @classmethod
@@ -46,7 +49,10 @@ class Predictor:
         if task != "text-classification":
             raise ModelError(f"{place}: is a model for {task}, and labels can be asked of a classifier only.")
         names = config.get("id2label") or {}
-        tokenizer = _tokenizer(place, position_limit(config, float("inf")))
+        limit = position_limit(config, float("inf"))
+        trained = Cut.read(config.get(KEY, {}).get("cut"), place) or Cut("head", limit)
+        cut = Cut(trained.keep, min(trained.max_length, limit))
+        tokenizer = _tokenizer(place, cut)
         padding = {name: config.get("pad_token_id") or 0 if name == "input_ids" else 0 for name in _INPUTS}
         if (place / FILE).exists():
             runtime: Runtime = _onnx(place / FILE)
@@ -54,7 +60,7 @@ class Predictor:
             runtime, padding = _torch(place, padding)
         labels = tuple(str(names[key]) for key in sorted(names, key=int))
         fitted = Temperature.read(config.get(KEY, {}), place)
-        return cls(runtime, tokenizer, padding, labels, fitted.value if fitted else 1.0)
+        return cls(runtime, tokenizer, padding, labels, cut, fitted.value if fitted else 1.0)
 
     def predict(self, texts: Iterable[str], batch_size: int = 32) -> Iterator[Answer]:
         """One answer a text, in order; reads as many texts at a time as a batch holds."""
@@ -64,12 +70,21 @@ class Predictor:
 
     def _answers(self, texts: Sequence[str]) -> Iterator[Answer]:
         encodings = self.tokenizer.encode_batch(list(texts))
-        rows = [{"input_ids": encoding.ids, "token_type_ids": encoding.type_ids} for encoding in encodings]
-        (batch,) = batches_of(rows, len(rows), self.padding)
-        logits = self.runtime.run(batch).astype(np.float64) / self.temperature
+        kept = [
+            (text, encoding, self.cut.rows(encoding.special_tokens_mask)) for text, encoding in enumerate(encodings)
+        ]
+        rows = [_row(encoding, places) for _, encoding, windows in kept for places in windows]
+        numbers = np.array([text for text, _, windows in kept for _ in windows])
+        parts = [self.runtime.run(batch) for batch in batches_of(rows, max(len(texts), 1), self.padding)]
+        logits = pool_windows(np.concatenate(parts), numbers).astype(np.float64) / self.temperature
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         for values in exponentials / exponentials.sum(axis=1, keepdims=True):
             yield Answer(self.labels[int(values.argmax())], float(values.max()))
+
+
+def _row(encoding: Any, places: NDArray[np.int64]) -> dict[str, list[int]]:
+    columns = {"input_ids": encoding.ids, "token_type_ids": encoding.type_ids}
+    return {name: [values[place] for place in places] for name, values in columns.items()}
 
 
 def _shipped(path: Path) -> Path:
@@ -89,7 +104,7 @@ def _artifact(run: Path) -> str:
     return str(read_json(run / "report.json")["after"]["artifact"])
 
 
-def _tokenizer(place: Path, limit: int) -> Any:
+def _tokenizer(place: Path, cut: Cut) -> Any:
     from tokenizers import Tokenizer
 
     file = place / "tokenizer.json"
@@ -100,7 +115,9 @@ def _tokenizer(place: Path, limit: int) -> Any:
     except Exception as error:  # the library raises no narrower one
         raise ModelError(f"{file}: is broken ({error}). Export or fetch it again.") from None
     tokenizer.no_padding()
-    tokenizer.enable_truncation(limit)
+    tokenizer.no_truncation()
+    if cut.keep == "head":  # the same as cutting afterwards, and a long text costs less
+        tokenizer.enable_truncation(cut.max_length)
     return tokenizer
 
 

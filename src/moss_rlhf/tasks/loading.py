@@ -53,13 +53,17 @@ def encoded(model: Model, rows: Any, max_length: int | None = None) -> Any:
     """Rows as the methods take them: tokenized, where they are not yet.
 
     rows     a datasets.Dataset, or a list of mappings, with the task's columns; labels as names or class ids.
-    max_length   tokens of a row; else as many as the model has positions for, of a language model no more than 1024.
+    max_length   tokens of a row; else as the model was trained; else as many as it has positions for, of a language
+                 model no more than 1024.
     raises   DataError where a text column is missing, or on a label that the model does not know.
     """
     if not isinstance(rows, Sequence) and "input_ids" in rows.column_names:
         return rows
     task = TASKS[model.task]
     usual = model.max_length if task.has_classes else min(model.max_length, _LANGUAGE_ROW)
+    if model.cut is not None and isinstance(task, TextClassification):
+        length = max_length or min(model.cut.max_length, model.max_length)
+        return task.encode(_dataset(model, rows), model.tokenizer, length, keep=model.cut.keep)
     return task.encode(_dataset(model, rows), model.tokenizer, max_length or usual)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moss_rlhf.data import Column
+from moss_rlhf.model.cutting import Cut, Keep, pool_windows
 from moss_rlhf.model.runtime import Runtime, TorchRuntime
 from moss_rlhf.tasks.batching import by_length, chunks, pad, padding_of
 from moss_rlhf.tasks.calibration import expected_calibration_error, log_loss
@@ -41,13 +42,19 @@ class TextClassification:
 
         return AutoModelForSequenceClassification
 
-    def encode(self, rows: Dataset, tokenizer: Any, max_length: int, cache_file: str | None = None) -> Dataset:
+    def encode(
+        self, rows: Dataset, tokenizer: Any, max_length: int, cache_file: str | None = None, keep: Keep = "head"
+    ) -> Dataset:
         """Tokenize: columns input_ids, token_type_ids where the tokenizer makes them, length, and labels where known.
 
         rows         columns `text` and, optionally, `label` (class ids).
-        max_length   tokens kept of each text, special tokens included; the tail is cut.
+        max_length   tokens of a row, special ones included.
+        keep         which tokens of a longer text; "windows" makes several rows of it, and a column `row` that says
+                     which text each is of.
         """
         padding = padding_of(tokenizer)
+        if keep != "head":
+            return self._encode_cut(rows, tokenizer, Cut(keep, max_length), cache_file)
 
         def encode_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
             encoded = tokenizer(batch["text"], truncation=True, max_length=max_length, return_attention_mask=False)
@@ -64,6 +71,27 @@ class TextClassification:
             # the name of a function's bytes is no name of its meaning; the caller's cache file is
             new_fingerprint=None if cache_file is None else cache_file.rpartition("/")[2].replace(".", "-"),
         )
+
+    def _encode_cut(self, rows: Dataset, tokenizer: Any, cut: Cut, cache_file: str | None) -> Dataset:
+        names = [name for name in padding_of(tokenizer) if name != "attention_mask"]
+        return rows.map(
+            lambda batch, numbers: _cut_batch(batch, numbers, tokenizer, names, cut),
+            batched=True,
+            with_indices=True,
+            batch_size=_TOKENIZED_AT_ONCE,
+            remove_columns=rows.column_names,
+            cache_file_name=cache_file,
+            new_fingerprint=None if cache_file is None else cache_file.rpartition("/")[2].replace(".", "-"),
+        )
+
+    def labels(self, encoded: Dataset) -> NDArray[np.int64]:
+        """The class id of each text, (texts,), in their order: of windows, each text's once."""
+        labels = np.asarray(encoded["labels"], dtype=np.int64)
+        return labels if "row" not in encoded.column_names else labels[_firsts(encoded)]
+
+    def texts(self, encoded: Dataset) -> int:
+        """How many texts the encoded rows are of."""
+        return len(_firsts(encoded)) if "row" in encoded.column_names else len(encoded)
 
     def lengths(self, rows: Dataset, tokenizer: Any, most: int, seed: int) -> NDArray[np.int64]:
         """Tokens of each text, uncut, special tokens included; of a seeded sample of `most` rows."""
@@ -100,7 +128,7 @@ class TextClassification:
         """Mean loss and metrics of encoded rows."""
         import torch
 
-        logits, labels = self.predict(TorchRuntime(network), encoded, tokenizer), np.asarray(encoded["labels"])
+        logits, labels = self.predict(TorchRuntime(network), encoded, tokenizer), self.labels(encoded)
         loss = float(self.loss(torch.from_numpy(logits), torch.from_numpy(labels)))
         counts = confusion(labels, self.answers(logits), logits.shape[1])
         return {"loss": loss} | {name: float(metric(counts)) for name, metric in self.metrics.items()}
@@ -112,7 +140,7 @@ class TextClassification:
         return cross_entropy(logits.float(), labels, reduction=reduction)
 
     def predict(self, runtime: Runtime, encoded: Dataset, tokenizer: Any, batch_size: int = 32) -> NDArray[np.float32]:
-        """Logits (rows, classes) in the rows' order; computed in batches of similar lengths."""
+        """Logits (texts, classes) in the rows' order; computed in batches of similar lengths, pooled over windows."""
         padding = self.padding(tokenizer)
         logits: list[NDArray[np.float32]] = []
         order = by_length(encoded["length"])
@@ -120,10 +148,28 @@ class TextClassification:
             rows = encoded[positions]
             batch = pad([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)], padding)
             logits.append(runtime.run(batch))
-        result = np.concatenate(logits)
-        return result[np.argsort(order)]
+        result = np.concatenate(logits)[np.argsort(order)]
+        return pool_windows(result, np.asarray(encoded["row"])) if "row" in encoded.column_names else result
 
     def answers(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
         """Class ids, (rows,)."""
         ids: NDArray[np.int64] = logits.argmax(axis=1).astype(np.int64)
         return ids
+
+
+def _cut_batch(
+    batch: Mapping[str, list[Any]], numbers: Sequence[int], tokenizer: Any, names: Sequence[str], cut: Cut
+) -> dict[str, list[Any]]:
+    """Tokenize a batch of texts uncut, then keep what the cut says; a window a row."""
+    encoded = tokenizer(batch["text"], return_attention_mask=False, return_special_tokens_mask=True, verbose=False)
+    kept = [(text, places) for text, mask in enumerate(encoded["special_tokens_mask"]) for places in cut.rows(mask)]
+    columns = {name: [[encoded[name][text][place] for place in places] for text, places in kept] for name in names}
+    labels = {"labels": [batch["label"][text] for text, _ in kept]} if "label" in batch else {}
+    windows = {"row": [numbers[text] for text, _ in kept]} if cut.keep == "windows" else {}
+    return {**columns, **labels, **windows, "length": [len(places) for _, places in kept]}
+
+
+def _firsts(encoded: Dataset) -> NDArray[np.int64]:
+    """The position of each text's first window."""
+    _, firsts = np.unique(np.asarray(encoded["row"]), return_index=True)
+    return firsts

@@ -1,0 +1,237 @@
+"""`collect`: a task's texts out of a large corpus, by likeness to examples, words or perplexity; diverse, in one pass."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moss_rlhf.data.collecting import Candidate, Keywords, Pool, choose_diverse, read_corpus
+from moss_rlhf.errors import DataError, RecipeError
+from moss_rlhf.files import new_file
+from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.progress import Progress
+
+_AT_ONCE = 512
+_POOL = 5  # candidates kept for each text wanted, to choose diverse ones from
+_PERPLEXITY_TOKENS = 256
+Rows = list[tuple[int, str, dict[str, Any]]]
+
+
+def collect(
+    corpus: str | Path,
+    *,
+    count: int,
+    like: str | Path | Sequence[str] | None = None,
+    keywords: Sequence[str] = (),
+    model: str | Model | None = None,
+    perplexity: str | Model | None = None,
+    max_perplexity: float | None = None,
+    diversity: float = 0.3,
+    column: str = "text",
+    seed: int = 0,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Choose `count` texts of a corpus. The corpus is read once; memory holds 5 · count candidates.
+
+    What ranks is the first given of: likeness to the nearest example (cosine of mean-pooled embeddings), perplexity
+    (the lower the better), how many of the keywords a text holds. Texts without any of the keywords are passed over,
+    and those above max_perplexity. Of the best candidates diverse ones are taken, by maximal marginal relevance.
+
+    corpus       csv, tsv, txt, json, jsonl or parquet, also .gz.
+    like         example texts, or a file of them.
+    model        a checkpoint or hub id whose embeddings compare texts; needed for `like` and for diversity above 0.
+    perplexity   a causal language model, or its checkpoint.
+    diversity    0 takes the best alone, 1 the farthest apart.
+    column       where texts stand, in corpus and examples.
+    output       a jsonl file: the chosen rows, the first chosen first.
+    returns      [{"text", …the row's other fields, "line", "score", "reason"}].
+    raises       RecipeError on arguments that don't fit; DataError where a file can't be read or nothing is found.
+    """
+    _check(count, like, keywords, model, perplexity, max_perplexity, diversity)
+    progress = progress or Progress(quiet=True)
+    scorer = _Scorer(like, keywords, model, perplexity, max_perplexity, diversity, column)
+    pool = Pool(count * (_POOL if diversity else 1), seed)
+    with progress.bar("reading the corpus", None) as bar:
+        for rows in _batches(read_corpus(corpus, column)):
+            for candidate in scorer.candidates(rows):
+                pool.offer(candidate)
+            bar.advance(len(rows))
+    chosen = _choose(pool.best(), count, diversity)
+    if not chosen:
+        raise DataError(f"{corpus}: no text fits. Give other keywords, or a larger max_perplexity.")
+    found = [_row(candidate, column) for candidate in chosen]
+    if output is not None:
+        _write(found, Path(output))
+    return found
+
+
+def _check(
+    count: int,
+    like: object,
+    keywords: Sequence[str],
+    model: object,
+    perplexity: object,
+    max_perplexity: float | None,
+    diversity: float,
+) -> None:
+    faults = {
+        f"count: {count} must be at least 1": count < 1,
+        f"diversity: {diversity} must be between 0 and 1": not 0 <= diversity <= 1,
+        "give at least one of like, keywords and perplexity": like is None and not keywords and perplexity is None,
+        "keywords: an empty word is in every text": any(not word.strip() for word in keywords),
+        "model: is needed to compare texts; give a checkpoint or hub id (or diversity 0 and no `like`)": (
+            model is None and (like is not None or diversity > 0)
+        ),
+        "max_perplexity: needs perplexity, a causal language model": max_perplexity is not None and perplexity is None,
+        f"max_perplexity: {max_perplexity} must be above 1": max_perplexity is not None and max_perplexity <= 1,
+        "max_perplexity: is needed where `like` ranks, or perplexity would change nothing": (
+            perplexity is not None and like is not None and max_perplexity is None
+        ),
+    }
+    for sentence, holds in faults.items():
+        if holds:
+            raise RecipeError(f"collect: {sentence}.")
+
+
+class _Scorer:
+    """Scores rows in batches; models are opened once."""
+
+    def __init__(
+        self,
+        like: str | Path | Sequence[str] | None,
+        keywords: Sequence[str],
+        model: str | Model | None,
+        perplexity: str | Model | None,
+        max_perplexity: float | None,
+        diversity: float,
+        column: str,
+    ) -> None:
+        self._keywords, self._words = Keywords(keywords), len(keywords)
+        self._body = _embedder(model) if model is not None and (like is not None or diversity > 0) else None
+        self._language = _language_model(perplexity) if perplexity is not None else None
+        self._most = max_perplexity
+        self._examples = self._embed(_examples(like, column)) if like is not None else None
+
+    def candidates(self, rows: Rows) -> Iterator[Candidate]:
+        found = [self._keywords.found(text) for _, text, _ in rows]
+        kept = [place for place in range(len(rows)) if found[place] or not self._words]
+        texts = [rows[place][1] for place in kept]
+        if not texts:
+            return
+        perplexities = text_perplexities(self._language, texts) if self._language else None
+        vectors = self._embed(texts) if self._body else None
+        for index, place in enumerate(kept):
+            if perplexities is not None and self._most is not None and perplexities[index] > self._most:
+                continue
+            vector = None if vectors is None else vectors[index]
+            value = None if perplexities is None else float(perplexities[index])
+            score, reason = self._judge(vector, found[place], value)
+            line, text, fields = rows[place]
+            yield Candidate(line, text, score, reason, vector, fields)
+
+    def _judge(self, vector: Any, words: list[str], perplexity: float | None) -> tuple[float, str]:
+        """What ranks, and all reasons in words."""
+        reasons, scores = [], []
+        if self._examples is not None:
+            likeness = self._examples @ vector
+            scores.append(float(likeness.max()))
+            reasons.append(f"like example {int(likeness.argmax()) + 1} ({likeness.max():.3f})")
+        if perplexity is not None:
+            scores.append(-float(np.log(perplexity)))
+            reasons.append(f"perplexity {perplexity:.1f}")
+        if words:
+            scores.append(len(words) / self._words)
+            reasons.append(f"holds {', '.join(words)}")
+        return scores[0], "; ".join(reasons)
+
+    def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        from moss_rlhf.tasks.embedding import embed_texts
+
+        assert self._body is not None  # noqa: S101  # asked for only where there is one
+        return embed_texts(self._body, texts)
+
+
+def _embedder(model: str | Model) -> Model:
+    """A model whose body embeds; its head, trained or not, plays no part."""
+    if isinstance(model, Model):
+        return model
+    from moss_rlhf.model.checkpoint import load_pretrained
+    from moss_rlhf.model.config import read_config, trained_labels
+    from moss_rlhf.model.locate import locate
+    from moss_rlhf.tasks import TASKS
+
+    task, place = TASKS["text-classification"], locate(model)
+    labels = trained_labels(read_config(place)) or ("0", "1")
+    return load_pretrained(place, task.name, task.auto_class(), labels)
+
+
+def _language_model(model: str | Model) -> Model:
+    from moss_rlhf.tasks.loading import load
+
+    found = model if isinstance(model, Model) else load(model, task="text-generation")
+    if found.task != "text-generation":
+        raise RecipeError(f"collect: perplexity: is a model for {found.task}; give a causal language model.")
+    return found
+
+
+def text_perplexities(model: Model, texts: Sequence[str]) -> NDArray[np.float64]:
+    """Perplexity of the first 256 tokens of each text, (texts,); infinite where there are fewer than two."""
+    from datasets import Dataset
+
+    from moss_rlhf.tasks import TextGeneration
+    from moss_rlhf.tasks.language import perplexity
+
+    most = min(_PERPLEXITY_TOKENS, model.max_length)
+    tokens = model.tokenizer(list(texts), truncation=True, max_length=most)["input_ids"]
+    long = [place for place, ids in enumerate(tokens) if len(ids) > 1]
+    values = np.full(len(texts), np.inf)
+    if long:
+        rows = Dataset.from_dict({"input_ids": [tokens[place] for place in long]})
+        rows = rows.add_column("length", [len(tokens[place]) for place in long])
+        values[long] = perplexity(TextGeneration().scores(model.network, rows, model.tokenizer))
+    return values
+
+
+def _examples(like: str | Path | Sequence[str], column: str) -> list[str]:
+    texts = [text for _, text, _ in read_corpus(like, column)] if isinstance(like, str | Path) else list(like)
+    if not texts:
+        raise DataError(f"collect: like: {like} holds no example. Give at least one text.")
+    return texts
+
+
+def _batches(rows: Iterator[tuple[int, str, dict[str, Any]]]) -> Iterator[Rows]:
+    while batch := list(islice(rows, _AT_ONCE)):
+        yield batch
+
+
+def _choose(candidates: list[Candidate], count: int, diversity: float) -> list[Candidate]:
+    if not diversity or not candidates:
+        return candidates[:count]
+    vectors = np.stack([candidate.vector for candidate in candidates if candidate.vector is not None])
+    scores = np.array([candidate.score for candidate in candidates])
+    return [candidates[place] for place in choose_diverse(scores, _centred(vectors), count, diversity)]
+
+
+def _centred(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Less their mean, of length 1: a network's vectors share a direction, and without it they differ visibly."""
+    rest = vectors - vectors.mean(axis=0)
+    centred: NDArray[np.float32] = rest / np.maximum(np.linalg.norm(rest, axis=1, keepdims=True), 1e-12)
+    return centred
+
+
+def _row(candidate: Candidate, column: str) -> dict[str, Any]:
+    listed = {"line": candidate.line, "score": round(candidate.score, 6), "reason": candidate.reason}
+    return {column: candidate.text} | candidate.fields | listed
+
+
+def _write(rows: Sequence[dict[str, Any]], place: Path) -> None:
+    with new_file(place) as partial, partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
