@@ -4,7 +4,7 @@ run(recipe)          the whole story: a recipe, a path to one, or a mapping → 
 load(path)           a checkpoint → Model with .network, .tokenizer, .task; load(id, labels=[…]): a pretrained one
 save(model, path)    a checkpoint that stands alone
 Recipe               the recipe's type
-prune, narrow, shorten, trim_vocabulary, quantize, sensitivity, finetune, evaluate, export
+prune, narrow, shorten, trim_vocabulary, quantize, sensitivity, finetune, ensemble, evaluate, export
                      each on a Model in memory, without a recipe
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moss_rlhf.evaluation import evaluate
     from moss_rlhf.exporting import export
-    from moss_rlhf.finetuning import finetune
+    from moss_rlhf.finetuning import ensemble, finetune
     from moss_rlhf.model.checkpoint import Model
     from moss_rlhf.model.checkpoint import save_checkpoint as save
     from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten, trim_vocabulary
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Model": ("moss_rlhf.model.checkpoint", "Model"),
     "Recipe": ("moss_rlhf.recipe", "Recipe"),
+    "ensemble": ("moss_rlhf.finetuning", "ensemble"),
     "evaluate": ("moss_rlhf.evaluation", "evaluate"),
     "export": ("moss_rlhf.exporting", "export"),
     "finetune": ("moss_rlhf.finetuning", "finetune"),
@@ -52,6 +53,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Model",
     "Recipe",
+    "ensemble",
     "evaluate",
     "export",
     "finetune",

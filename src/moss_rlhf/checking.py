@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moss_rlhf.data import DataCheck, check_data
-from moss_rlhf.errors import MachineError, ModelError, RecipeError, nearest
+from moss_rlhf.errors import DataError, MachineError, ModelError, RecipeError, nearest
 from moss_rlhf.model.anatomy import FAMILIES, BlockShape, family_of
 from moss_rlhf.model.config import (
     KEY,
@@ -44,6 +44,7 @@ from moss_rlhf.model.locate import locate, read_header, weight_files
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import (
     CacheSpec,
+    EnsembleSpec,
     FinetuneSpec,
     NarrowSpec,
     PruneSpec,
@@ -125,6 +126,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
         recipe.data, task.columns, seed=recipe.seed, known_labels=known, progress=progress or Progress(quiet=True)
     )
     check_labels(recipe, config, data.labels)
+    check_folds(recipe, data.facts["train"]["classes"])
     lengths = {split: _token_lengths(place, texts) for split, texts in data.samples.items()}
     limit = position_limit(config, float("inf"))
     longest = choose_max_length(recipe.data.max_length, lengths["train"], limit)
@@ -159,18 +161,26 @@ def check_stages(recipe: Recipe, place: Path) -> None:
             raise RecipeError(f"{field}.scheme: int4 can't be exported to ONNX. Give int8, or leave export out.")
         if isinstance(spec, ShortenSpec) and family_of(config["model_type"]).shared:
             raise RecipeError(f"{field}: the layers of a {config['model_type']} share one block.")
-        if isinstance(spec, FinetuneSpec):
-            _check_metric(spec.metric, recipe.task, f"{field}.metric")
-            _check_layers(recipe, index, shapes, config, field)
-            if spec.layers == "by_damage":
-                _check_damage(recipe, index, place, field)
+        if training := _training(spec):
+            inside = _field(index, stage)
+            _check_metric(training.metric, recipe.task, f"{inside}.metric")
+            _check_layers(training, shapes, config, inside)
+            if training.layers == "by_damage":
+                _check_damage(recipe, index, place, inside)
         if isinstance(spec, FinetuneSpec) and spec.distill:
             _check_teacher(recipe, index, spec.distill.teacher, config, f"{field}.distill.teacher")
 
 
-def _check_layers(recipe: Recipe, index: int, shapes: Sequence[BlockShape], config: dict[str, Any], field: str) -> None:
+def _training(spec: object) -> FinetuneSpec | None:
+    """How a stage trains, if it does: an ensemble's members train alike."""
+    if isinstance(spec, EnsembleSpec):
+        return spec.finetune
+    return spec if isinstance(spec, FinetuneSpec) else None
+
+
+def _check_layers(spec: FinetuneSpec, shapes: Sequence[BlockShape], config: dict[str, Any], field: str) -> None:
     """Phases name groups that are there, and there are blocks to draw anew."""
-    spec, groups = stage_spec(recipe.stages[index]), group_names(shapes)
+    groups = group_names(shapes)
     for position, phase in enumerate(spec.phases or ()):
         for name in () if phase.train == "all" else phase.train:
             if name not in groups:
@@ -298,6 +308,20 @@ def check_labels(recipe: Recipe, config: dict[str, Any], labels: Sequence[str]) 
         )
 
 
+def check_folds(recipe: Recipe, classes: Mapping[str, int]) -> None:
+    """Every class of train has a row for each fold of an ensemble. classes: {label: rows of train}."""
+    for index, stage in enumerate(recipe.stages):
+        spec = stage_spec(stage)
+        if not isinstance(spec, EnsembleSpec) or spec.by != "folds":
+            continue
+        for label, count in classes.items():
+            if 0 < count < spec.members:
+                raise DataError(
+                    f"stages.{index}.ensemble.members: {spec.members} folds, but train has only {count} rows of the "
+                    f"class {label!r}, and each fold needs one. Give {f'at most {count}, or ' * (count > 1)}by: seeds."
+                )
+
+
 def check_output(recipe: Recipe, place: Path) -> None:
     """Whether the output can be written and the disk holds what a run from the start will leave."""
     parameters = _initial_state(place, read_config(place), labels=2).parameters
@@ -309,7 +333,9 @@ def check_output(recipe: Recipe, place: Path) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise MachineError(f"output: no permission to write {existing}. Give an output that you may write.")
     free = shutil.disk_usage(existing).free
-    needed = parameters * (_CHECKPOINT_BYTES + 4 * (len(recipe.stages) + 2))
+    specs = [stage_spec(stage) for stage in recipe.stages]
+    members = max((spec.members for spec in specs if isinstance(spec, EnsembleSpec)), default=0)
+    needed = parameters * (_CHECKPOINT_BYTES + 4 * (len(specs) + 2 + members))
     if free < needed:
         raise MachineError(
             f"output: {existing} has {free / 1e9:.2f} GB free and the run needs about {needed / 1e9:.2f} GB. "
@@ -393,6 +419,8 @@ def _work(spec: object, state: _State, rows: dict[str, int], length: float, long
         evaluations = spec.epochs * spec.evaluations_per_epoch * rows["validation"] * forward
         training = _learning(spec, state, rows["train"], length) + evaluations
         return training, _LIBRARY_BYTES + _learning_bytes(spec, state, rows["train"], longest)
+    if isinstance(spec, EnsembleSpec):
+        return _ensemble_work(spec, state, rows, length, longest)
     if isinstance(spec, NarrowSpec):
         return _TRAINING_COST * min(spec.rows, rows["train"]) * forward, memory
     if isinstance(spec, ShortenSpec):
@@ -406,6 +434,18 @@ def _work(spec: object, state: _State, rows: dict[str, int], length: float, long
     if measures and isinstance(spec, PruneSpec | QuantizeSpec):
         return _REPLAYS * min(spec.rows, rows["train"]) * forward, memory
     return 0.0, memory
+
+
+def _ensemble_work(
+    spec: EnsembleSpec, state: _State, rows: dict[str, int], length: float, longest: int
+) -> tuple[float, int]:
+    """The members' trainings, their answers to train and validation, and the training of the one that learns them."""
+    held = rows["train"] // spec.members
+    seen = {"train": rows["train"] - held, "validation": held} if spec.by == "folds" else rows
+    member, _ = _work(spec.finetune, state, seen, length, longest)
+    one, memory = _work(spec.finetune, state, rows, length, longest)
+    answers = 2 * macs_per_token(state.dimensions, length) * length * (rows["train"] + rows["validation"])
+    return spec.members * (member + answers) + one, memory + 4 * spec.members * state.parameters
 
 
 def _learning(spec: FinetuneSpec, state: _State, rows: int, length: float) -> float:
@@ -463,13 +503,20 @@ def _cache_notes(recipe: Recipe, state: _State, config: dict[str, Any], rows: in
     """Where frozen blocks will run at every step for want of space; MachineError where a cache is required."""
     for index, stage in enumerate(recipe.stages):
         spec = stage_spec(stage)
-        if isinstance(spec, FinetuneSpec) and (options := _cache_options(spec)):
-            reason = _no_cache(spec, options, state, rows, length, Path(recipe.output))
+        training = _training(spec)
+        if training and (options := _cache_options(training)):
+            reason = _no_cache(training, options, state, rows, length, Path(recipe.output))
             if reason and options.required:
-                raise MachineError(f"stages.{index}.finetune.cache: required, but {reason}. Give cache: auto.")
-            if reason and _frozen_epochs(spec, state, rows):
-                yield f"stages.{index}.finetune: frozen blocks will run at every step: {reason}"
+                raise MachineError(f"{_field(index, stage)}.cache: required, but {reason}. Give cache: auto.")
+            if reason and _frozen_epochs(training, state, rows):
+                yield f"{_field(index, stage)}: frozen blocks will run at every step: {reason}"
         state = state.with_shapes(_shapes_after(spec, state.shapes, stage_kind(stage), config))
+
+
+def _field(index: int, stage: Any) -> str:
+    """Where a stage says how it trains."""
+    inside = ".finetune" if isinstance(stage_spec(stage), EnsembleSpec) else ""
+    return f"stages.{index}.{stage_kind(stage)}{inside}"
 
 
 def _frozen_epochs(spec: FinetuneSpec, state: _State, rows: int) -> list[Run]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moss_rlhf.checking import check_labels, check_output, check_stages
+from moss_rlhf.checking import check_folds, check_labels, check_output, check_stages
 from moss_rlhf.data import Splits, load_splits
 from moss_rlhf.files import digest, file_digest
 from moss_rlhf.model.checkpoint import (
@@ -134,6 +134,7 @@ def prepare(recipe: Recipe, place: RunDirectory, progress: Progress, threads: in
         progress=progress,
     )
     check_labels(recipe, read_config(source), splits.labels)
+    check_folds(recipe, splits.facts["train"]["classes"])
     rows = _encode(splits, task, source, recipe, place.data)
     start = _start_fingerprint(recipe, source, splits, threads)
     return Session(recipe, place, progress, source, splits.labels, splits.notes, rows, _folders(recipe, place, start))

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from moss_rlhf.finetuning import finetune
+from moss_rlhf.finetuning import ensemble, finetune
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.cost import macs_per_token
 from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import (
+    EnsembleSpec,
     FinetuneSpec,
     NarrowSpec,
     PruneSpec,
@@ -57,6 +58,8 @@ def apply_stage(spec: Any, model: Model, context: StageContext) -> Outcome:
     """Do one stage to `model`, in place."""
     if isinstance(spec, FinetuneSpec):
         return _finetune(spec, model, context)
+    if isinstance(spec, EnsembleSpec):
+        return _ensemble(spec, model, context)
     fields = {name: getattr(spec, name) for name in type(spec).model_fields}
     facts = METHODS[type(spec)](model, context.train, **fields, seed=context.seed, progress=context.progress)
     return Outcome(facts, float(facts.pop("flops", 0.0)))
@@ -78,6 +81,23 @@ def _finetune(spec: FinetuneSpec, model: Model, context: StageContext) -> Outcom
         progress=context.progress,
     )
     asked = _forward_flops(teacher, context.train, len(context.train)) if teacher else 0.0
+    return Outcome(training.facts, training.flops + asked, training.history)
+
+
+def _ensemble(spec: EnsembleSpec, model: Model, context: StageContext) -> Outcome:
+    asked = spec.members * _forward_flops(model, context.train, len(context.train))
+    training = ensemble(
+        model,
+        context.train,
+        context.validation,
+        members=spec.members,
+        by=spec.by,
+        finetune={name: value for name, value in _plain(spec.finetune).items() if name != "distill"},
+        distill=_plain(spec.distill),
+        seed=context.seed,
+        workspace=context.work,
+        progress=context.progress,
+    )
     return Outcome(training.facts, training.flops + asked, training.history)
 
 

@@ -1,6 +1,7 @@
-"""Fine-tuning: layer groups, phases, distillation, the one Trainer subclass."""
+"""Fine-tuning: layer groups, phases, distillation, ensembles, the one Trainer subclass."""
 
+from moss_rlhf.finetuning.ensemble import ensemble
 from moss_rlhf.finetuning.finetune import Training, finetune
 from moss_rlhf.finetuning.layers import layer_learning_rates
 
-__all__ = ["Training", "finetune", "layer_learning_rates"]
+__all__ = ["Training", "ensemble", "finetune", "layer_learning_rates"]

@@ -60,6 +60,7 @@ from moss_rlhf.progress import Progress
 from moss_rlhf.strategy import Judge, Unfreeze
 from moss_rlhf.tasks import TASKS, Task, TextClassification, TextGeneration
 from moss_rlhf.tasks.loading import encoded
+from moss_rlhf.tasks.probabilities import log_mean_probability
 
 _LOGGED_POINTS = 60  # of the loss, for the chart
 _TIMED_BATCHES = 5  # where compiling is weighed
@@ -110,7 +111,7 @@ def finetune(
     report_to: Sequence[str] = (),
     compile: Compile = "off",
     precision: Precision = "auto",
-    teacher: Model | None = None,
+    teacher: Model | Sequence[Model] | None = None,
     distill: Distillation | Mapping[str, Any] | None = None,
     seed: int = 0,
     workspace: Path | None = None,
@@ -140,7 +141,7 @@ def finetune(
                         loss; None: the task's first.
     average             {"last": n} or {"best": n}: end with the mean of so many evaluations' weights, where validation
                         says that it is no worse than the best of them.
-    teacher             a model whose answers are learned too.
+    teacher             a model whose answers are learned too; of several classifiers, the mean of their probabilities.
     distill             how, such as {"temperature": 2.0, "weight": 0.7}; these without it.
     workspace           where to keep checkpoints; a training interrupted there resumes from its last one and ends in
                         the same bits. None: nothing is kept.
@@ -175,10 +176,9 @@ def finetune(
         damage=damage_of(model.sensitivity, names) if layers == "by_damage" else None,
     )
     bfloat16 = uses_bfloat16(precision)
-    if teacher is not None:
-        _check_teacher(model, teacher)
-        if isinstance(task, TextClassification):
-            train = _with_teacher(train, teacher, task, progress)
+    teachers = _teachers(model, teacher)
+    if teachers and isinstance(task, TextClassification):
+        train = _with_teacher(train, teachers, task, progress)
     if reinitialise and not (workspace and checkpoints(workspace)):
         draw_blocks(model.network, reinitialise, seed, model.pruned)
     with _folder(workspace) as folder:
@@ -199,7 +199,7 @@ def finetune(
         plan = Plan(
             groups=groups,
             timetable=timetable,
-            objective=Objective(task, _teaching(task, teacher, option(Distillation, distill, "distill"))),
+            objective=Objective(task, _teaching(task, teachers, option(Distillation, distill, "distill"))),
             companions=Companions([still, *([caching] if caching else []), *companions]),
             weight_decay=weight_decay,
             evaluate_at=evaluation_steps(len(batches), epochs, evaluations_per_epoch),
@@ -318,6 +318,16 @@ def _rows(model: Model, rows: Any, name: str) -> Any:
     return ready
 
 
+def _teachers(model: Model, teacher: Model | Sequence[Model] | None) -> tuple[Model, ...]:
+    """Those who teach, each of whom can teach `model`."""
+    teachers = (teacher,) if isinstance(teacher, Model) else tuple(teacher or ())
+    for each in teachers:
+        _check_teacher(model, each)
+    if len(teachers) > 1 and not TASKS[model.task].has_classes:
+        raise ModelError(f"finetune: {len(teachers)} teachers; a model for {model.task} learns from one. Give one.")
+    return teachers
+
+
 def _check_teacher(model: Model, teacher: Model) -> None:
     if teacher.task != model.task:
         raise ModelError(f"finetune: the teacher's task is {teacher.task}, the model's {model.task}. Give one of it.")
@@ -333,22 +343,26 @@ def _check_teacher(model: Model, teacher: Model) -> None:
         )
 
 
-def _with_teacher(train: Any, teacher: Model, task: TextClassification, progress: Progress) -> Any:
-    """The rows with the teacher's logits as a column: one forward pass serves every epoch."""
-    progress.say("  asking the teacher")
-    logits = task.predict(TorchRuntime(teacher.network), train, teacher.tokenizer)
+def _with_teacher(train: Any, teachers: Sequence[Model], task: TextClassification, progress: Progress) -> Any:
+    """The rows with the teacher's logits as a column: one forward pass serves every epoch.
+
+    Of several teachers, the logarithm of their mean probability.
+    """
+    progress.say("  asking the teacher" + "s" * (len(teachers) > 1))
+    every = [task.predict(TorchRuntime(teacher.network), train, teacher.tokenizer) for teacher in teachers]
+    logits = every[0] if len(every) == 1 else log_mean_probability(np.stack(every)).astype(np.float32)
     return train.add_column("teacher_logits", [row.tolist() for row in logits])
 
 
-def _teaching(task: Task, teacher: Model | None, options: Distillation | None) -> Teaching | None:
+def _teaching(task: Task, teachers: Sequence[Model], options: Distillation | None) -> Teaching | None:
     """What is learned from a teacher; a language model's logits are a vocabulary a token: it is asked at every step."""
-    if teacher is None:
+    if not teachers:
         return None
     options = options or Distillation()
     if task.has_classes:
         return Teaching(task, options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Teaching(task, options, teacher.network.to(device).eval())
+    return Teaching(task, options, teachers[0].network.to(device).eval())
 
 
 def _companions(model: Model) -> list[Companion]:

@@ -2,6 +2,7 @@
 
 from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
 from moss_rlhf.recipe.data import DataSpec, SplitLayout
+from moss_rlhf.recipe.ensemble import EnsembleSpec
 from moss_rlhf.recipe.finetuning import CacheSpec, DistillSpec, EarlyStoppingSpec, FinetuneSpec, PhaseSpec
 from moss_rlhf.recipe.reading import (
     apply_override,
@@ -21,6 +22,7 @@ __all__ = [
     "DataSpec",
     "DistillSpec",
     "EarlyStoppingSpec",
+    "EnsembleSpec",
     "EvaluateSpec",
     "FinetuneSpec",
     "NarrowSpec",

@@ -10,12 +10,17 @@ from pydantic_core import PydanticCustomError
 
 from moss_rlhf.errors import nearest
 from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
+from moss_rlhf.recipe.ensemble import EnsembleSpec
 from moss_rlhf.recipe.finetuning import FinetuneSpec
 from moss_rlhf.recipe.spec import Spec
 
 
 class FinetuneStage(Spec):
     finetune: FinetuneSpec
+
+
+class EnsembleStage(Spec):
+    ensemble: EnsembleSpec
 
 
 class NarrowStage(Spec):
@@ -40,6 +45,7 @@ class SensitivityStage(Spec):
 
 STAGE_KINDS: Mapping[str, type[Spec]] = {
     "finetune": FinetuneStage,
+    "ensemble": EnsembleStage,
     "narrow": NarrowStage,
     "shorten": ShortenStage,
     "prune": PruneStage,
@@ -68,6 +74,7 @@ def _tag(value: object) -> str:
 
 Stage = Annotated[
     Annotated[FinetuneStage, Tag("finetune")]
+    | Annotated[EnsembleStage, Tag("ensemble")]
     | Annotated[NarrowStage, Tag("narrow")]
     | Annotated[ShortenStage, Tag("shorten")]
     | Annotated[PruneStage, Tag("prune")]

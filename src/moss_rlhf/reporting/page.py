@@ -11,7 +11,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from moss_rlhf.files import write_text
-from moss_rlhf.reporting import charts, summary, table, wording
+from moss_rlhf.reporting import charts, search, summary, table, wording
 
 Report = Mapping[str, Any]
 Measurement = Mapping[str, Any]
@@ -44,6 +44,7 @@ def render_page(report: Report) -> str:
         speed_charts=_speed_charts(table.columns(report)),
         histories=_histories(report),
         confusions=_confusions(report),
+        search=search,
         recipe=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),
         plotly_script=charts.plotly_script(),
     )
