@@ -317,7 +317,7 @@ def check_folds(recipe: Recipe, classes: Mapping[str, int]) -> None:
         for label, count in classes.items():
             if 0 < count < spec.members:
                 raise DataError(
-                    f"stages.{index}.ensemble.members: {spec.members} folds, but train has only {count} rows of the "
+                    f"stages.{index}.ensemble.members: {spec.members} folds, but train has only {count} of the "
                     f"class {label!r}, and each fold needs one. Give {f'at most {count}, or ' * (count > 1)}by: seeds."
                 )
 
@@ -404,7 +404,8 @@ def _forecasts(
     forecasts = []
     for stage in recipe.stages:
         spec = stage_spec(stage)
-        flops, memory = _work(spec, state, rows, length, longest)
+        work = _ensemble_work if isinstance(spec, EnsembleSpec) else _work
+        flops, memory = work(spec, state, rows, length, longest)
         state = state.with_shapes(_shapes_after(spec, state.shapes, stage_kind(stage), config))
         macs = macs_per_token(state.dimensions, length)
         forecasts.append(Forecast(stage_kind(stage), state.parameters, macs, flops / rate, memory, flops))
@@ -419,8 +420,6 @@ def _work(spec: object, state: _State, rows: dict[str, int], length: float, long
         evaluations = spec.epochs * spec.evaluations_per_epoch * rows["validation"] * forward
         training = _learning(spec, state, rows["train"], length) + evaluations
         return training, _LIBRARY_BYTES + _learning_bytes(spec, state, rows["train"], longest)
-    if isinstance(spec, EnsembleSpec):
-        return _ensemble_work(spec, state, rows, length, longest)
     if isinstance(spec, NarrowSpec):
         return _TRAINING_COST * min(spec.rows, rows["train"]) * forward, memory
     if isinstance(spec, ShortenSpec):

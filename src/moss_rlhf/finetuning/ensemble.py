@@ -146,10 +146,10 @@ def stratified_folds(labels: Ids, folds: int, seed: int, names: tuple[str, ...] 
     """
     for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
         if count < folds:
-            name = names[label] if names else label
+            name = names[label] if names else int(label)
             raise DataError(
-                f"ensemble.members: {folds} folds, but train has only {count} rows of the class {name!r}, and each fold "
-                f"needs one. Give {f'at most {count}, or ' * bool(count > 1)}by: seeds."
+                f"ensemble.members: {folds} folds, but train has only {count} of the class {name!r}, and each "
+                f"fold needs one. Give {f'at most {count}, or ' * bool(count > 1)}by: seeds."
             )
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]

@@ -24,7 +24,7 @@ class EnsembleSpec(Spec):
     members: Annotated[int, Field(ge=2)] = 3
     by: Literal["seeds", "folds"] = Field(
         "seeds",
-        description="seeds: all of train, another order each; folds: each leaves out a part and is judged on it",
+        description="seeds: each learns all of train; folds: each leaves out a part and is judged on it",
     )
     finetune: FinetuneSpec = Field(FinetuneSpec(), description="of each member, and of the one; all but distill")
     distill: LearnedTogetherSpec = LearnedTogetherSpec()
