@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from moss_rlhf.checking import check
-from moss_rlhf.errors import MachineError, ModelError, RecipeError
+from moss_rlhf.errors import DataError, MachineError, ModelError, RecipeError
 from moss_rlhf.model.anatomy import FAMILIES
 from moss_rlhf.model.cost import macs_per_token
 from moss_rlhf.optimization import narrow, shorten
@@ -207,3 +207,31 @@ def test_r_drop_is_foretold_to_cost_twice(tiny_checkpoint, data, tmp_path):
     stages = [{"finetune": {"loss": {"r_drop": strength}}} for strength in (0, 1)]
     once, twice = check(_recipe(tiny_checkpoint("bert", LABELS), data, tmp_path / "run", stages)).stages
     assert 1.5 * once.flops < twice.flops < 2 * once.flops
+
+
+def test_an_ensemble_costs_its_members_and_the_one(tiny_checkpoint, data, tmp_path):
+    """Each member trains and answers the 60 rows of train and validation; then one more training."""
+    place, settings = tiny_checkpoint("bert"), {"epochs": 2}
+    alone = check(_recipe(place, data, tmp_path / "run", [{"finetune": settings}]))
+    spec = {"members": 3, "finetune": settings}
+    found = check(_recipe(place, data, tmp_path / "run", [{"ensemble": spec}])).stages[0]
+    answers = 2 * found.macs_per_token * alone.tokens["train"]["mean"] * 60
+    assert found.flops == pytest.approx(4 * alone.stages[0].flops + 3 * answers)
+    assert found.memory_bytes == alone.stages[0].memory_bytes + 3 * 4 * found.parameters
+    folds = check(_recipe(place, data, tmp_path / "run", [{"ensemble": spec | {"by": "folds"}}])).stages[0]
+    assert folds.flops < found.flops
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ({"finetune": {"metric": "f1"}}, RecipeError, r"stages\.0\.ensemble\.finetune\.metric: .* no metric 'f1'"),
+        ({"finetune": {"reinitialise": 9}}, RecipeError, r"stages\.0\.ensemble\.finetune\.reinitialise: 9 of 3 blocks"),
+        ({"finetune": {"layers": "by_damage"}}, RecipeError, r"stages\.0\.ensemble\.finetune\.layers: by_damage"),
+        ({"finetune": {"cache": "required"}}, MachineError, r"stages\.0\.ensemble\.finetune\.cache: required, but"),
+        ({"by": "folds", "members": 40}, DataError, r"stages\.0\.ensemble\.members: 40 folds, but .* 'negative', and"),
+    ],
+)
+def test_what_an_ensemble_can_not_be(spec, error, message, tiny_checkpoint, data, tmp_path):
+    with pytest.raises(error, match=message):
+        check(_recipe(tiny_checkpoint("bert"), data, tmp_path / "run", [{"ensemble": spec}]))

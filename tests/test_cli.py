@@ -256,6 +256,16 @@ def test_a_checkpoint_an_onnx_directory_its_file_and_a_run_answer_the_same(train
     assert all(0.5 <= float(probability) <= 1 for _, probability, _ in lines)
 
 
+def test_predict_with_another_model(trained, shipped, tiny_checkpoint, rows, capsys):
+    """With itself: the same answers. With one that was never trained: others, and still none of its path is a text."""
+    texts, answers = [row["text"] for row in rows[:4]], []
+    for others in ([], [shipped], [shipped, trained], [tiny_checkpoint("bert", ("negative", "positive"))]):
+        cli.main(["predict", str(trained), *(word for place in others for word in ("--with", str(place))), *texts])
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] == answers[2] != answers[3]
+    assert len(answers[3].splitlines()) == 4
+
+
 def test_predict_reads_standard_input(shipped, rows, capsys):
     """With a byte order mark, Windows line ends and blank lines, as files have them."""
     texts = [row["text"] for row in rows] + ["这家店很好"]

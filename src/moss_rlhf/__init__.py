@@ -6,8 +6,8 @@ save(model, path)    a checkpoint that stands alone
 Recipe               the recipe's type
 from_scratch(config, texts)   a model whose tokenizer is learned and whose weights are drawn, to be pretrained
 collect(corpus, …)   a task's texts out of a large corpus, as a list or a jsonl file
-prune, narrow, shorten, trim_vocabulary, quantize, sensitivity, pretrain, finetune, fit_temperature,
-evaluate, export
+prune, narrow, shorten, trim_vocabulary, quantize, sensitivity, pretrain, finetune, ensemble,
+fit_temperature, evaluate, export
                      each on a Model in memory, without a recipe
 """
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moss_rlhf.evaluation import evaluate, fit_temperature
     from moss_rlhf.exporting import export
-    from moss_rlhf.finetuning import finetune, from_scratch, pretrain
+    from moss_rlhf.finetuning import ensemble, finetune, from_scratch, pretrain
     from moss_rlhf.model.checkpoint import Model
     from moss_rlhf.model.checkpoint import save_checkpoint as save
     from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten, trim_vocabulary
@@ -32,6 +32,7 @@ _HOMES = {
     "Model": ("moss_rlhf.model.checkpoint", "Model"),
     "Recipe": ("moss_rlhf.recipe", "Recipe"),
     "collect": ("moss_rlhf.tasks.collecting", "collect"),
+    "ensemble": ("moss_rlhf.finetuning", "ensemble"),
     "evaluate": ("moss_rlhf.evaluation", "evaluate"),
     "export": ("moss_rlhf.exporting", "export"),
     "fit_temperature": ("moss_rlhf.evaluation", "fit_temperature"),
@@ -61,6 +62,7 @@ __all__ = [
     "Model",
     "Recipe",
     "collect",
+    "ensemble",
     "evaluate",
     "export",
     "finetune",

@@ -21,7 +21,7 @@ import numpy as np
 from moss_rlhf.data import DataCheck, check_data
 from moss_rlhf.data.cleaning import check_packages
 from moss_rlhf.data.texts import read_texts
-from moss_rlhf.errors import MachineError, ModelError, RecipeError, nearest
+from moss_rlhf.errors import DataError, MachineError, ModelError, RecipeError, nearest
 from moss_rlhf.model.anatomy import FAMILIES, BlockShape, family_of
 from moss_rlhf.model.config import (
     KEY,
@@ -50,9 +50,11 @@ from moss_rlhf.model.locate import locate, read_header, weight_files
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import (
     RATES,
+    AdapterSpec,
     AugmentSpec,
     CacheSpec,
     DistillSpec,
+    EnsembleSpec,
     FinetuneSpec,
     NarrowSpec,
     PretrainSpec,
@@ -142,6 +144,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     )
     check_labels(recipe, config, data.labels)
     check_augmentation(recipe, data.samples["train"])
+    check_folds(recipe, data.facts["train"]["classes"])
     lengths = {split: _token_lengths(place, texts) for split, texts in data.samples.items()}
     limit = position_limit(config, float("inf"))
     longest = choose_max_length(recipe.data.max_length, lengths["train"], limit)
@@ -214,7 +217,7 @@ def check_stages(recipe: Recipe, place: Path) -> None:
             raise RecipeError(f"{field}.scheme: int8_static is for encoders. Give int8.")
         if isinstance(spec, ShortenSpec) and family.shared:
             raise RecipeError(f"{field}: the layers of a {config['model_type']} share one block.")
-        if isinstance(spec, FinetuneSpec):
+        if _training(spec):
             _check_finetuning(recipe, index, shapes, depths, place)
         if isinstance(spec, PretrainSpec):
             _check_pretraining(recipe, index, config, field)
@@ -226,13 +229,16 @@ def _check_finetuning(
     recipe: Recipe, index: int, shapes: tuple[BlockShape, ...], depths: Sequence[int], place: Path
 ) -> None:
     """Whether a fine-tuning finds its metric, groups, damage, adapters and teacher; `depths` up to this stage."""
-    spec, config, field = stage_spec(recipe.stages[index]), read_config(place), f"stages.{index}.finetune"
+    stage, config = recipe.stages[index], read_config(place)
+    spec, field = _training(stage_spec(stage)), _field(index, stage)
+    if spec is None:
+        return
     _check_metric(spec.metric, recipe.task, f"{field}.metric")
-    _check_layers(recipe, index, shapes, config, field)
+    _check_layers(spec, shapes, config, field)
     if spec.layers == "by_damage":
         _check_damage(recipe, index, place, field)
     if spec.adapter:
-        _check_adapter(recipe, index, config, f"{field}.adapter")
+        _check_adapter(recipe, index, spec.adapter, config, f"{field}.adapter")
     if isinstance(spec.distill, DistillSpec):
         _check_teacher(recipe, index, spec.distill.teacher, config, f"{field}.distill.teacher")
         _check_layer_map(spec.distill, depths, stages_before_compression(recipe), f"{field}.distill.layers")
@@ -267,9 +273,16 @@ def _check_compressed_tensors(recipe: Recipe, shapes: tuple[BlockShape, ...], co
 _UNIFORM = "shapes that differ from block to block, fewer heads or a smaller hidden size. Export to another format."
 
 
-def _check_layers(recipe: Recipe, index: int, shapes: Sequence[BlockShape], config: dict[str, Any], field: str) -> None:
+def _training(spec: object) -> FinetuneSpec | None:
+    """How a stage trains, if it does: an ensemble's members train alike."""
+    if isinstance(spec, EnsembleSpec):
+        return spec.finetune
+    return spec if isinstance(spec, FinetuneSpec) else None
+
+
+def _check_layers(spec: FinetuneSpec, shapes: Sequence[BlockShape], config: dict[str, Any], field: str) -> None:
     """Phases name groups that are there, and there are blocks to draw anew."""
-    spec, groups = stage_spec(recipe.stages[index]), group_names(shapes)
+    groups = group_names(shapes)
     for position, phase in enumerate(spec.phases or ()):
         for name in () if phase.train == "all" else phase.train:
             if name not in groups:
@@ -300,14 +313,14 @@ def _check_damage(recipe: Recipe, index: int, place: Path, field: str) -> None:
         )
 
 
-def _check_adapter(recipe: Recipe, index: int, config: dict[str, Any], field: str) -> None:
+def _check_adapter(recipe: Recipe, index: int, adapter: AdapterSpec, config: dict[str, Any], field: str) -> None:
     """Whether peft is there, and merging would undo no pruning that is to stay."""
     if importlib.util.find_spec("peft") is None:
         raise MachineError(f"{field}: peft is not installed. Install it with: pip install 'moss-rlhf[adapters]'.")
     pruned = config.get(KEY, {}).get("pruned") or any(
         isinstance(stage_spec(stage), PruneSpec) for stage in recipe.stages[:index]
     )
-    if pruned and not stage_spec(recipe.stages[index]).adapter.keep_zeros:
+    if pruned and not adapter.keep_zeros:
         raise RecipeError(
             f"{field}: the model is pruned, and merging adapters into it would undo that. Set keep_zeros: true, which "
             "sets the zeros again after merging, or leave adapter out."
@@ -520,6 +533,20 @@ def _check_weights(weights: Mapping[str, float], labels: Sequence[str], field: s
             raise RecipeError(f"{field}: the data has no label {label!r}; {nearest(label, labels)}")
 
 
+def check_folds(recipe: Recipe, classes: Mapping[str, int]) -> None:
+    """Every class of train has a row for each fold of an ensemble. classes: {label: rows of train}."""
+    for index, stage in enumerate(recipe.stages):
+        spec = stage_spec(stage)
+        if not isinstance(spec, EnsembleSpec) or spec.by != "folds":
+            continue
+        for label, count in classes.items():
+            if 0 < count < spec.members:
+                raise DataError(
+                    f"stages.{index}.ensemble.members: {spec.members} folds, but train has only {count} of the "
+                    f"class {label!r}, and each fold needs one. Give {f'at most {count}, or ' * (count > 1)}by: seeds."
+                )
+
+
 def check_output(recipe: Recipe, place: Path) -> None:
     """Whether the output can be written and the disk holds what a run from the start will leave."""
     parameters = _initial_state(place, read_config(place), labels=2).parameters
@@ -531,7 +558,9 @@ def check_output(recipe: Recipe, place: Path) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise MachineError(f"output: no permission to write {existing}. Give an output that you may write.")
     free = shutil.disk_usage(existing).free
-    needed = parameters * (_CHECKPOINT_BYTES + 4 * (len(recipe.stages) + 2))
+    specs = [stage_spec(stage) for stage in recipe.stages]
+    members = max((spec.members for spec in specs if isinstance(spec, EnsembleSpec)), default=0)
+    needed = parameters * (_CHECKPOINT_BYTES + 4 * (len(specs) + 2 + members))
     if free < needed:
         raise MachineError(
             f"output: {existing} has {free / 1e9:.2f} GB free and the run needs about {needed / 1e9:.2f} GB. "
@@ -604,9 +633,11 @@ def _forecasts(
             recipe.data.augment.copies if recipe.data.augment and trains_on_copies(recipe.data.augment, spec) else 0
         )
         trained = rows | {"train": rows["train"] * (1 + copies)}
-        pretrained = isinstance(spec, PretrainSpec)
-        work = _reading(spec, state, rows, length) if pretrained else _work(spec, state, trained, length, longest)
-        flops, memory = work
+        if isinstance(spec, PretrainSpec):
+            flops, memory = _reading(spec, state, rows, length)
+        else:
+            work = _ensemble_work if isinstance(spec, EnsembleSpec) else _work
+            flops, memory = work(spec, state, trained, length, longest)
         state = state.with_shapes(_shapes_after(spec, state.shapes, stage_kind(stage), config))
         macs = macs_per_token(state.dimensions, length)
         forecasts.append(Forecast(stage_kind(stage), state.parameters, macs, flops / rate, memory, flops))
@@ -632,6 +663,18 @@ def _work(spec: object, state: _State, rows: dict[str, int], length: float, long
     if isinstance(spec, PruneSpec | QuantizeSpec):
         return _measurements(spec) * _REPLAYS * min(spec.rows, rows["train"]) * forward, memory
     return 0.0, memory
+
+
+def _ensemble_work(
+    spec: EnsembleSpec, state: _State, rows: dict[str, int], length: float, longest: int
+) -> tuple[float, int]:
+    """The members' trainings, their answers to train and validation, and the training of the one that learns them."""
+    held = rows["train"] // spec.members
+    seen = {"train": rows["train"] - held, "validation": held} if spec.by == "folds" else rows
+    member, _ = _work(spec.finetune, state, seen, length, longest)
+    one, memory = _work(spec.finetune, state, rows, length, longest)
+    answers = 2 * macs_per_token(state.dimensions, length) * length * (rows["train"] + rows["validation"])
+    return spec.members * (member + answers) + one, memory + 4 * spec.members * state.parameters
 
 
 def _learning(spec: FinetuneSpec, state: _State, rows: int, length: float) -> float:
@@ -690,13 +733,20 @@ def _cache_notes(recipe: Recipe, state: _State, config: dict[str, Any], rows: in
     """Where frozen blocks will run at every step for want of space; MachineError where a cache is required."""
     for index, stage in enumerate(recipe.stages):
         spec = stage_spec(stage)
-        if isinstance(spec, FinetuneSpec) and (options := _cache_options(spec)):
-            reason = _no_cache(spec, options, state, rows, length, Path(recipe.output))
+        training = _training(spec)
+        if training and (options := _cache_options(training)):
+            reason = _no_cache(training, options, state, rows, length, Path(recipe.output))
             if reason and options.required:
-                raise MachineError(f"stages.{index}.finetune.cache: required, but {reason}. Give cache: auto.")
-            if reason and _frozen_epochs(spec, state, rows):
-                yield f"stages.{index}.finetune: frozen blocks will run at every step: {reason}"
+                raise MachineError(f"{_field(index, stage)}.cache: required, but {reason}. Give cache: auto.")
+            if reason and _frozen_epochs(training, state, rows):
+                yield f"{_field(index, stage)}: frozen blocks will run at every step: {reason}"
         state = state.with_shapes(_shapes_after(spec, state.shapes, stage_kind(stage), config))
+
+
+def _field(index: int, stage: Any) -> str:
+    """Where a stage says how it trains."""
+    inside = ".finetune" if isinstance(stage_spec(stage), EnsembleSpec) else ""
+    return f"stages.{index}.{stage_kind(stage)}{inside}"
 
 
 def _frozen_epochs(spec: FinetuneSpec, state: _State, rows: int) -> list[Run]:

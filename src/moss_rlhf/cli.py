@@ -94,11 +94,15 @@ def run(
 def predict(
     model: Annotated[Path, typer.Argument(help="a run, a checkpoint, or a directory with model.onnx")],
     texts: Annotated[list[str] | None, typer.Argument(help="texts; none: lines of standard input")] = None,
+    others: Annotated[
+        list[Path] | None,
+        typer.Option("--with", help="one more of the same labels: the mean probability answers; may be repeated"),
+    ] = None,
 ) -> None:
     """Print label, probability and text of each text, tab-separated."""
-    from moss_rlhf.serving import Predictor
+    from moss_rlhf.serving import Committee, Predictor
 
-    predictor = Predictor.open(model)
+    predictor = Committee.open([model, *others]) if others else Predictor.open(model)
     shown, asked = itertools.tee(texts or _input_lines())
     for text, answer in zip(shown, predictor.predict(asked), strict=True):
         print(f"{answer.label}\t{answer.probability:.3f}\t{text}")

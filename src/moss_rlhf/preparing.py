@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moss_rlhf.augmenting import Augmentation, augment
-from moss_rlhf.checking import check_labels, check_output, check_rows, check_stages, trains_on_copies
+from moss_rlhf.checking import check_folds, check_labels, check_output, check_rows, check_stages, trains_on_copies
 from moss_rlhf.curating import curate
 from moss_rlhf.data import Splits, load_splits
 from moss_rlhf.files import digest, file_digest
@@ -168,6 +168,7 @@ def prepare(recipe: Recipe, place: RunDirectory, progress: Progress, threads: in
     )
     check_labels(recipe, read_config(source), splits.labels)
     splits = _curate(splits, task, source, recipe, place, progress)
+    check_folds(recipe, splits.facts["train"]["classes"])
     augmentation = augment(recipe, splits, place.data, progress)
     rows = _encode(splits, augmentation, task, source, recipe, place.data)
     start = _start_fingerprint(recipe, source, splits, augmentation, threads)

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from moss_rlhf.finetuning import finetune, pretrain
+from moss_rlhf.finetuning import ensemble, finetune, pretrain
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.cost import macs_per_token
 from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import (
     DistillSpec,
+    EnsembleSpec,
     FinetuneSpec,
     NarrowSpec,
     PretrainSpec,
@@ -68,6 +69,8 @@ def apply_stage(spec: Any, model: Model, context: StageContext) -> Outcome:
         return _finetune(spec, model, context)
     if isinstance(spec, PretrainSpec):
         return _pretrain(spec, model, context)
+    if isinstance(spec, EnsembleSpec):
+        return _ensemble(spec, model, context)
     fields = {name: getattr(spec, name) for name in type(spec).model_fields}
     facts = METHODS[type(spec)](model, context.measured, **fields, seed=context.seed, progress=context.progress)
     return Outcome(facts, float(facts.pop("flops", 0.0)))
@@ -103,6 +106,23 @@ def _pretrain(spec: PretrainSpec, model: Model, context: StageContext) -> Outcom
         progress=context.progress,
     )
     return Outcome(training.facts, training.flops, training.history)
+
+
+def _ensemble(spec: EnsembleSpec, model: Model, context: StageContext) -> Outcome:
+    asked = spec.members * _forward_flops(model, context.train, len(context.train))
+    training = ensemble(
+        model,
+        context.train,
+        context.validation,
+        members=spec.members,
+        by=spec.by,
+        finetune={name: value for name, value in _plain(spec.finetune).items() if name != "distill"},
+        distill=_plain(spec.distill),
+        seed=context.seed,
+        workspace=context.work,
+        progress=context.progress,
+    )
+    return Outcome(training.facts, training.flops + asked, training.history)
 
 
 def _task_texts(model: Model, rows: Any) -> list[str]:

@@ -257,3 +257,19 @@ def test_what_is_trained_for_a_grid_is_quantized_to_it():
         stages({}, scheme="int4")
     with pytest.raises(RecipeError, match="another grid"):
         stages({"scheme": "int4", "group_size": 32}, scheme="int4")
+
+
+def test_an_ensemble_has_every_field_of_finetune_but_a_teacher():
+    stage = {"ensemble": {"members": 2, "by": "folds", "finetune": {"phases": [{"epochs": 2}, {"epochs": 1}]}}}
+    recipe = make_recipe(FULL | {"stages": [stage, "quantize"]})
+    spec = stage_spec(recipe.stages[0])
+    assert (spec.finetune.epochs, spec.distill.weight, stages_before_compression(recipe)) == (3, 0.7, 1)
+    assert make_recipe(recipe_values(recipe)) == recipe
+    with pytest.raises(
+        RecipeError, match=r"stages\.0\.ensemble: the members are the teachers; leave finetune\.distill"
+    ):
+        make_recipe(FULL | {"stages": [{"ensemble": {"finetune": {"distill": {}}}}]})
+    with pytest.raises(RecipeError, match=r"stages\.0\.ensemble\.members: 1 can't be used"):
+        make_recipe(FULL | {"stages": [{"ensemble": {"members": 1}}]})
+    with pytest.raises(RecipeError, match=r"stages\.0\.ensemble\.finetune.*epoch.*epochs"):
+        make_recipe(FULL | {"stages": [{"ensemble": {"finetune": {"epoch": 1}}}]})

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moss_rlhf.errors import ModelError
-from moss_rlhf.serving import Predictor
+from moss_rlhf.serving import Committee, Predictor
 
 LABELS = ("negative", "positive", "unsure")
 TEXTS = [
@@ -107,3 +107,23 @@ def test_a_model_that_knows_no_labels_is_refused(tiny_model, tmp_path):
     save(tiny_model("gpt2"), tmp_path / "model")
     with pytest.raises(ModelError, match="is a model for text-generation, and labels can be asked of a classifier"):
         Predictor.open(tmp_path / "model")
+
+
+def test_a_committee_answers_with_the_mean_probability(tiny_checkpoint):
+    """Of two models, one of which has its labels in another order."""
+    places = [tiny_checkpoint("bert", LABELS), tiny_checkpoint("distilbert", LABELS[::-1])]
+    first, second = (Predictor.open(place).probabilities(TEXTS) for place in places)
+    mean = (first + second[:, ::-1]) / 2
+    committee = Committee.open(places)
+    answers = list(committee.predict(TEXTS, batch_size=len(TEXTS)))
+    assert committee.labels == LABELS
+    assert [answer.label for answer in answers] == [LABELS[index] for index in mean.argmax(axis=1)]
+    assert [answer.probability for answer in answers] == pytest.approx(list(mean.max(axis=1)))
+    in_pieces = list(Committee.open(places).predict(iter(TEXTS), batch_size=2))
+    assert [answer.probability for answer in in_pieces] == pytest.approx(list(mean.max(axis=1)), abs=1e-5)
+
+
+def test_a_committee_of_other_labels_is_refused(tiny_checkpoint):
+    places = [tiny_checkpoint("bert", LABELS), tiny_checkpoint("bert", ("no", "yes"))]
+    with pytest.raises(ModelError, match=r"its labels are no, yes; those of .* are negative, positive, unsure\. Give"):
+        Committee.open(places)

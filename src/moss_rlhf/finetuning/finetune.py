@@ -24,9 +24,10 @@ from moss_rlhf.finetuning.ingredients import (
     obstacle_to_cache,
     penalties,
     plateau_of,
+    teachers_of,
     teaching_of,
     tutor_of,
-    with_teacher,
+    with_teachers,
 )
 from moss_rlhf.finetuning.layers import layer_groups
 from moss_rlhf.finetuning.objective import Objective
@@ -111,7 +112,7 @@ def finetune(
     report_to: Sequence[str] = (),
     compile: Compile = "off",
     precision: Precision = "auto",
-    teacher: Model | None = None,
+    teacher: Model | Sequence[Model] | None = None,
     distill: Distillation | Mapping[str, Any] | None = None,
     adapter: Adapter | Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -149,7 +150,7 @@ def finetune(
                         loss; None: the task's first.
     average             {"last": n} or {"best": n}: end with the mean of so many evaluations' weights, where validation
                         says that it is no worse than the best of them.
-    teacher             a model whose answers are learned too.
+    teacher             a model whose answers are learned too; of several classifiers, the mean of their probabilities.
     distill             how, such as {"temperature": 2.0, "weight": 0.7, "hidden": 1.0, "attention": 1.0, "layers":
                         "auto"}; temperature and weight as here without it, and nothing of what the teacher does inside.
     adapter             train adapters and the head instead, and merge them at the end, such as {"kind": "lora", "rank":
@@ -199,9 +200,10 @@ def finetune(
     labelled = labelled_by(model, task, option(Loss, loss, "loss"), train)
     bfloat16 = uses_bfloat16(precision)
     taught = option(Distillation, distill, "distill") or Distillation()
-    tutor = tutor_of(model, teacher, taught)
-    if teacher is not None and isinstance(task, TextClassification):
-        train = with_teacher(train, teacher, task, progress)
+    teachers = teachers_of(model, teacher)
+    tutor = tutor_of(model, teachers, taught)
+    if teachers and isinstance(task, TextClassification):
+        train = with_teachers(train, teachers, task, progress)
     if reinitialise and not (workspace and checkpoints(workspace)):
         draw_blocks(model.network, reinitialise, seed, model.pruned)
     companions: list[Companion] = [
@@ -228,7 +230,7 @@ def finetune(
         plan = Plan(
             groups=groups,
             timetable=timetable,
-            objective=Objective(task, teaching_of(task, teacher, tutor, taught), labelled),
+            objective=Objective(task, teaching_of(task, teachers, tutor, taught), labelled),
             companions=Companions([still, *([caching] if caching else []), *companions]),
             optimizer=option(Optimizer, named(optimizer), "optimizer") or Optimizer(),
             weight_decay=weight_decay,

@@ -7,6 +7,7 @@ from functools import cache as cached
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from moss_rlhf.errors import ModelError, RecipeError
@@ -27,6 +28,7 @@ from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.progress import Progress
 from moss_rlhf.tasks import TASKS, Task, TextClassification
+from moss_rlhf.tasks.probabilities import log_mean_probability
 
 # --- the teacher ---------------------------------------------------------------------------------------------------
 
@@ -46,29 +48,43 @@ def check_teacher(model: Model, teacher: Model) -> None:
         )
 
 
-def with_teacher(train: Any, teacher: Model, task: TextClassification, progress: Progress) -> Any:
-    """The rows with the teacher's logits as a column: one forward pass serves every epoch."""
-    progress.say("  asking the teacher")
-    logits = task.predict(TorchRuntime(teacher.network), train, teacher.tokenizer)
+def teachers_of(model: Model, teacher: Model | Sequence[Model] | None) -> tuple[Model, ...]:
+    """Those who teach, each of whom can teach `model`."""
+    teachers = (teacher,) if isinstance(teacher, Model) else tuple(teacher or ())
+    for each in teachers:
+        check_teacher(model, each)
+    if len(teachers) > 1 and not TASKS[model.task].has_classes:
+        raise ModelError(f"finetune: {len(teachers)} teachers; a model for {model.task} learns from one. Give one.")
+    return teachers
+
+
+def with_teachers(train: Any, teachers: Sequence[Model], task: TextClassification, progress: Progress) -> Any:
+    """The rows with the teacher's logits as a column: one forward pass serves every epoch.
+
+    Of several teachers, the logarithm of their mean probability.
+    """
+    progress.say("  asking the teacher" + "s" * (len(teachers) > 1))
+    every = [task.predict(TorchRuntime(teacher.network), train, teacher.tokenizer) for teacher in teachers]
+    logits = every[0] if len(every) == 1 else log_mean_probability(np.stack(every)).astype(np.float32)
     return train.add_column("teacher_logits", [row.tolist() for row in logits])
 
 
-def tutor_of(model: Model, teacher: Model | None, options: Distillation) -> Tutor | None:
-    """The teacher, if it is asked at every step: a language model's answers are a vocabulary a token, states more."""
-    if teacher is None:
+def tutor_of(model: Model, teachers: Sequence[Model], options: Distillation) -> Tutor | None:
+    """The teacher, if it is asked at every step: a language model's answers are a vocabulary a token, states more.
+
+    raises   ModelError where several would be: their states can't be averaged.
+    """
+    if not teachers or (TASKS[model.task].has_classes and not options.inside):
         return None
-    check_teacher(model, teacher)
-    if TASKS[model.task].has_classes and not options.inside:
-        return None
+    if len(teachers) > 1:
+        raise ModelError("finetune.distill: hidden and attention learn from one teacher. Give one, or leave them out.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Tutor(teacher.network.to(device).eval())
+    return Tutor(teachers[0].network.to(device).eval())
 
 
-def teaching_of(task: Task, teacher: Model | None, tutor: Tutor | None, options: Distillation) -> Teaching | None:
-    """What is learned of a teacher's answers."""
-    if teacher is None:
-        return None
-    return Teaching(task, options, None if task.has_classes else tutor)
+def teaching_of(task: Task, teachers: Sequence[Model], tutor: Tutor | None, options: Distillation) -> Teaching | None:
+    """What is learned of the teachers' answers."""
+    return Teaching(task, options, None if task.has_classes else tutor) if teachers else None
 
 
 # --- the labels ----------------------------------------------------------------------------------------------------

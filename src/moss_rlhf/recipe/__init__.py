@@ -4,7 +4,9 @@ from moss_rlhf.recipe.augment import RATES, AugmentSpec, BackTranslationSpec, Ma
 from moss_rlhf.recipe.clean import CleanSpec
 from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
 from moss_rlhf.recipe.data import DataSpec, SplitLayout
+from moss_rlhf.recipe.ensemble import EnsembleSpec
 from moss_rlhf.recipe.finetuning import (
+    AdapterSpec,
     CacheSpec,
     DistillSpec,
     EarlyStoppingSpec,
@@ -32,6 +34,7 @@ from moss_rlhf.recipe.stages import stage_kind, stage_spec
 
 __all__ = [
     "RATES",
+    "AdapterSpec",
     "AugmentSpec",
     "BackTranslationSpec",
     "CacheSpec",
@@ -39,6 +42,7 @@ __all__ = [
     "DataSpec",
     "DistillSpec",
     "EarlyStoppingSpec",
+    "EnsembleSpec",
     "EvaluateSpec",
     "FinetuneSpec",
     "LossSpec",

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from moss_rlhf.errors import nearest
 from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
+from moss_rlhf.recipe.ensemble import EnsembleSpec
 from moss_rlhf.recipe.finetuning import FinetuneSpec
 from moss_rlhf.recipe.pretraining import PretrainSpec
 from moss_rlhf.recipe.spec import Spec
@@ -21,6 +22,10 @@ class FinetuneStage(Spec):
 
 class PretrainStage(Spec):
     pretrain: PretrainSpec
+
+
+class EnsembleStage(Spec):
+    ensemble: EnsembleSpec
 
 
 class NarrowStage(Spec):
@@ -46,6 +51,7 @@ class SensitivityStage(Spec):
 STAGE_KINDS: Mapping[str, type[Spec]] = {
     "finetune": FinetuneStage,
     "pretrain": PretrainStage,
+    "ensemble": EnsembleStage,
     "narrow": NarrowStage,
     "shorten": ShortenStage,
     "prune": PruneStage,
@@ -75,6 +81,7 @@ def _tag(value: object) -> str:
 Stage = Annotated[
     Annotated[FinetuneStage, Tag("finetune")]
     | Annotated[PretrainStage, Tag("pretrain")]
+    | Annotated[EnsembleStage, Tag("ensemble")]
     | Annotated[NarrowStage, Tag("narrow")]
     | Annotated[ShortenStage, Tag("shorten")]
     | Annotated[PruneStage, Tag("prune")]

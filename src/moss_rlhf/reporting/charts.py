@@ -19,6 +19,7 @@ _COLOURS = ("#8b8f96", "#e69f00", "#2f8fd3", "#009e73", "#cc79a7")
 _SIDES = {"before": _COLOURS[0], "after": _COLOURS[2]}
 _HEAT = ((0.0, "#f2e9d8"), (0.35, "#f0b95c"), (0.65, "#d4611f"), (1.0, "#5e1224"))  # lightness alone tells the order
 _COLD = ((0.0, "#e6eef5"), (1.0, "#1b5a8a"))
+_DECADES = 20  # from this ratio on, settings are seen on a logarithmic axis only
 _GRID = "rgba(128, 128, 128, 0.25)"
 
 
@@ -195,6 +196,37 @@ def _name_axes(figure: Figure, titles: Sequence[str]) -> None:
         figure.update_yaxes(title_text=title, row=row, col=1)
     figure.update_yaxes(exponentformat="power", rangemode="tozero", nticks=4, row=len(titles), col=1)
     figure.update_xaxes(title_text="step", row=len(titles), col=1)
+
+
+def trials_chart(numbers: Sequence[int], values: Sequence[float], best: Sequence[float], metric: str) -> str:
+    """A search's metric by trial, and the best so far as a step line."""
+    figure, name = _panels(), wording.name_in_words(metric)
+    line = {"mode": "lines", "line": {"shape": "hv", "color": _COLOURS[1], "width": 2}, "hoverinfo": "skip"}
+    figure.add_scatter(x=numbers, y=best, name="best so far", **line)
+    _add_trials(figure, numbers, values, numbers, name)
+    figure.update_xaxes(title_text="trial")
+    return _html(figure, "chart-search", height=300)
+
+
+def setting_chart(
+    index: int, settings: Sequence[Any], values: Sequence[float], numbers: Sequence[int], metric: str
+) -> str:
+    """A search's metric by one field, a point a trial; numbers on a logarithmic axis where they span decades."""
+    figure = _panels()
+    _add_trials(figure, settings, values, numbers, wording.name_in_words(metric))
+    words = any(isinstance(each, str) for each in settings)
+    spans = not words and len(settings) > 0 and min(settings) > 0 and max(settings) >= _DECADES * min(settings)
+    figure.update_xaxes(type="category" if words else "log" if spans else "linear")
+    return _html(figure, f"chart-search-{index}", height=300)
+
+
+def _add_trials(
+    figure: Figure, places: Sequence[Any], values: Sequence[float], numbers: Sequence[int], name: str
+) -> None:
+    hover = f"trial %{{customdata}}: %{{x}}<br>{name} %{{y:.4g}}<extra></extra>"
+    look = {"mode": "markers", "marker": {"color": _COLOURS[2], "size": 9}, "hovertemplate": hover}
+    figure.add_scatter(x=places, y=values, customdata=numbers, name=name, **look)
+    figure.update_yaxes(title_text=name)
 
 
 def _panels(

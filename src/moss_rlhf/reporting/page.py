@@ -11,7 +11,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from moss_rlhf.files import write_text
-from moss_rlhf.reporting import charts, facts, sensitivity, summary, table, wording
+from moss_rlhf.reporting import charts, facts, search, sensitivity, summary, table, wording
 
 Report = Mapping[str, Any]
 Measurement = Mapping[str, Any]
@@ -48,6 +48,7 @@ def render_page(report: Report) -> str:
         confusions=_confusions(report),
         findings=_findings(report),
         cleaning_effect=_cleaning_effect(report),
+        search=search,
         recipe=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),
         plotly_script=charts.plotly_script(),
     )

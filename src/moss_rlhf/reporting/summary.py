@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moss_rlhf.reporting import sensitivity, wording
+from moss_rlhf.reporting import search, sensitivity, wording
 
 Report = Mapping[str, Any]
 
@@ -185,6 +185,8 @@ def _share_of_precision(report: Report) -> str:
 def terminal_summary(report: Report) -> str:
     """Six to ten plain lines for the end of a run, and a table of what was found sensitive, where it was measured."""
     lines = [headline(report), *_terminal_rows(report), f"  {'cost':<12}{cost_in_words(report)}"]
+    if report.get("search"):
+        lines.append(f"  {'search':<12}{search.terminal_line(report['search'])}")
     lines.append(f"  {'measured':<12}{report['after']['artifact']}, {report['after']['runtime']}")
     notes = list(report["notes"])
     room = 10 - len(lines)

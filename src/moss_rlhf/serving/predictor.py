@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,9 @@ from moss_rlhf.tasks.batching import batches_of
 
 FILE = "model.onnx"
 _INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+
+
+Probabilities = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,10 @@ class Predictor:
 
     def predict(self, texts: Iterable[str], batch_size: int = 32) -> Iterator[Answer]:
         """One answer a text, in order; reads as many texts at a time as a batch holds."""
-        remaining = iter(texts)
-        while batch := list(islice(remaining, batch_size)):
-            yield from self._answers(batch)
+        return _answers(texts, batch_size, self.labels, self.probabilities)
 
-    def _answers(self, texts: Sequence[str]) -> Iterator[Answer]:
+    def probabilities(self, texts: Sequence[str]) -> Probabilities:
+        """(texts, labels), rows of sum 1; at least one text, all in one batch."""
         encodings = self.tokenizer.encode_batch(list(texts))
         kept = [
             (text, encoding, self.cut.rows(encoding.special_tokens_mask)) for text, encoding in enumerate(encodings)
@@ -78,8 +80,57 @@ class Predictor:
         parts = [self.runtime.run(batch) for batch in batches_of(rows, max(len(texts), 1), self.padding)]
         logits = pool_windows(np.concatenate(parts), numbers).astype(np.float64) / self.temperature
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-        for values in exponentials / exponentials.sum(axis=1, keepdims=True):
-            yield Answer(self.labels[int(values.argmax())], float(values.max()))
+        result: Probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+        return result
+
+
+@dataclass(frozen=True)
+class Committee:
+    """Several predictors that answer together, by the mean of their probabilities (docs/ensemble.md)."""
+
+    members: tuple[Predictor, ...]
+
+    @classmethod
+    def open(cls, paths: Sequence[str | Path]) -> Committee:
+        """What `Predictor.open` gives for each path.
+
+        raises   ModelError where it does, or where they don't know the same labels; their order may differ.
+        """
+        members = tuple(Predictor.open(path) for path in paths)
+        for path, member in zip(paths, members, strict=True):
+            if set(member.labels) != set(members[0].labels):
+                raise ModelError(
+                    f"{path}: its labels are {', '.join(member.labels)}; those of {paths[0]} are "
+                    f"{', '.join(members[0].labels)}. Give models of the same labels."
+                )
+        return cls(members)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.members[0].labels
+
+    def predict(self, texts: Iterable[str], batch_size: int = 32) -> Iterator[Answer]:
+        """One answer a text, in order; reads as many texts at a time as a batch holds."""
+        return _answers(texts, batch_size, self.labels, self.probabilities)
+
+    def probabilities(self, texts: Sequence[str]) -> Probabilities:
+        """(texts, labels), the mean of the members', in the first one's order of labels."""
+        every = [member.probabilities(texts)[:, self._order(member)] for member in self.members]
+        mean: Probabilities = np.mean(every, axis=0)
+        return mean
+
+    def _order(self, member: Predictor) -> list[int]:
+        return [member.labels.index(label) for label in self.labels]
+
+
+def _answers(
+    texts: Iterable[str], size: int, labels: Sequence[str], ask: Callable[[Sequence[str]], Probabilities]
+) -> Iterator[Answer]:
+    """The likeliest label of each text, asked of as many at a time as a batch holds."""
+    remaining = iter(texts)
+    while batch := list(islice(remaining, size)):
+        for values in ask(batch):
+            yield Answer(labels[int(values.argmax())], float(values.max()))
 
 
 def _row(encoding: Any, places: NDArray[np.int64]) -> dict[str, list[int]]:
