@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from moss_rlhf.checking import check
-from moss_rlhf.errors import ModelError
+from moss_rlhf.errors import MachineError, ModelError
 from moss_rlhf.model.anatomy import FAMILIES
 from moss_rlhf.model.cost import macs_per_token
 from moss_rlhf.optimization import narrow, shorten
@@ -124,3 +124,14 @@ def test_a_check_imports_no_torch(tiny_checkpoint, data, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("ok\n\n")
+
+
+def test_what_data_asks_for_is_checked_before_work(data, tiny_checkpoint, tmp_path, monkeypatch):
+    values = _recipe(tiny_checkpoint(), data, tmp_path / "run").model_dump(mode="json")
+    values["data"] |= {"clean": {"language": "drop", "empty": "drop"}, "balance": "undersample"}
+    found = check(make_recipe(values))
+    assert "data.clean has not been done yet: rows are those before it." in found.notes
+    assert "data.balance has not been done yet: rows are those before it." in found.notes
+    monkeypatch.setattr("moss_rlhf.data.cleaning.clean.find_spec", lambda name: None)
+    with pytest.raises(MachineError, match=r"data\.clean\.language: needs the package py3langid"):
+        check(make_recipe(values))
