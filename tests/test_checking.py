@@ -235,3 +235,14 @@ def test_an_ensemble_costs_its_members_and_the_one(tiny_checkpoint, data, tmp_pa
 def test_what_an_ensemble_can_not_be(spec, error, message, tiny_checkpoint, data, tmp_path):
     with pytest.raises(error, match=message):
         check(_recipe(tiny_checkpoint("bert"), data, tmp_path / "run", [{"ensemble": spec}]))
+
+
+def test_what_data_asks_for_is_checked_before_work(data, tiny_checkpoint, tmp_path, monkeypatch):
+    values = _recipe(tiny_checkpoint(), data, tmp_path / "run").model_dump(mode="json")
+    values["data"] |= {"clean": {"language": "drop", "empty": "drop"}, "balance": "undersample"}
+    found = check(make_recipe(values))
+    assert "data.clean has not been done yet: rows are those before it." in found.notes
+    assert "data.balance has not been done yet: rows are those before it." in found.notes
+    monkeypatch.setattr("moss_rlhf.data.cleaning.clean.find_spec", lambda name: None)
+    with pytest.raises(MachineError, match=r"data\.clean\.language: needs the package py3langid"):
+        check(make_recipe(values))

@@ -160,3 +160,33 @@ def test_write_page_leaves_one_whole_file(report, tmp_path):
     text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>")
     assert text.rstrip().endswith("</html>")
+
+
+def test_what_cleaning_found_is_shown_and_escaped(report):
+    example = {
+        "line": 17,
+        "label": "negative",
+        "action": "drop",
+        "reason": "91% alike",
+        "partner": "test line 4",
+        "text": HOSTILE,
+    }
+    found = {"leaks": {"count": 7, "actions": {"drop": 6, "flag": 1}, "examples": [example] * 7}}
+    effect = {
+        "raw_accuracy": 0.8,
+        "cleaned_accuracy": 0.82,
+        "delta": 0.02,
+        "low": 0.005,
+        "high": 0.036,
+        "p_value": 0.01,
+    }
+    train = report["data"]["train"] | {"findings": found, "cleaning_effect": effect}
+    page = Page(render_page({**report, "data": report["data"] | {"train": train}}))
+    assert "Leaks in train: 7" in page.text
+    assert "6 dropped, 1 listed only" in page.text
+    assert page.text.count("test line 4") == 5
+    assert HOSTILE in page.text  # as text, not as elements
+    assert "img" not in page.tags
+    assert "0.820 on validation" in page.text
+    assert "+0.020 (+0.005 to +0.036)" in page.text
+    assert "What cleaning found" not in Page(render_page(report)).text

@@ -116,7 +116,7 @@ def read_corpus(path: str | Path, column: str) -> Iterator[tuple[int, str, dict[
         if source.kind == "txt":
             cells: dict[str, Any] = {column: "\t".join(map(str, record.cells))}
         elif source.named:
-            cells = dict(record.cells)  # type: ignore[arg-type]  # a mapping where cells are named
+            cells = dict(record.cells)
         elif names is None:
             names = [str(cell).strip() for cell in record.cells]
             _require(column, names, source.place)

@@ -43,12 +43,13 @@ class Cut:
         if declared is None:
             return None
         keep, length = declared.get("keep"), declared.get("max_length")
-        if keep not in get_args(Keep) or not isinstance(length, int) or length < 1:
+        known: dict[str, Keep] = {name: name for name in get_args(Keep)}
+        if keep not in known or not isinstance(length, int) or length < 1:
             raise ModelError(
                 f"{place}: config.json declares the cut {dict(declared)}; keep must be one of "
-                f"{', '.join(get_args(Keep))}, max_length a whole number from 1. Save the checkpoint again."
+                f"{', '.join(known)}, max_length a whole number from 1. Save the checkpoint again."
             )
-        return Cut(keep, length)
+        return Cut(known[keep], length)
 
     def rows(self, special: Sequence[int]) -> list[NDArray[np.int64]]:
         """The places of a text's tokens that make its rows: one row, or a window each.

@@ -1,4 +1,4 @@
-"""`collect`: a task's texts out of a corpus, by likeness to examples, words or perplexity; diverse, in one pass."""
+"""`collect`: texts for a task out of a large corpus, by likeness to examples, words or perplexity; diverse."""
 
 from __future__ import annotations
 

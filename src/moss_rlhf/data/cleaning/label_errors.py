@@ -80,6 +80,7 @@ def neighbour_shares(vectors: Floats, classes: Indices) -> NDArray[np.float64]:
     nearest, weights = nearest_rows(vectors, count)
     votes = np.eye(int(classes.max()) + 1)[classes]
     rows, trust = np.arange(len(classes)), np.ones(len(classes))
+    shares: NDArray[np.float64] = votes
     for _ in range(_ROUNDS):
         trusted = weights * trust[nearest]
         shares = np.einsum("rn,rnc->rc", trusted, votes[nearest]) + 1e-12

@@ -55,8 +55,8 @@ def length_outliers(texts: Sequence[str], reference: Sequence[str]) -> list[Hit]
     scores = (np.log1p([len(text) for text in texts]) - centre) / spread
     usual = round(float(np.expm1(centre)))
     return [
-        Hit(int(row), f"{len(texts[row])} characters, usual are {usual} (z = {scores[row]:.1f})")
-        for row in np.flatnonzero(np.abs(scores) > _LENGTH_SCORE)
+        Hit(row, f"{len(texts[row])} characters, usual are {usual} (z = {scores[row]:.1f})")
+        for row in np.flatnonzero(np.abs(scores) > _LENGTH_SCORE).tolist()
     ]
 
 
