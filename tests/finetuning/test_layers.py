@@ -9,7 +9,7 @@ from moss_rlhf.finetuning.planning import damage_of, epochs_of, phases_of, timet
 from moss_rlhf.model.config import group_names
 from moss_rlhf.model.damage import block_damage
 from moss_rlhf.optimization import sensitivity
-from moss_rlhf.strategy import lowest_trained
+from moss_rlhf.strategy import constant, linear, lowest_trained
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
 
@@ -66,7 +66,7 @@ def _table(phases=(), **options):
         "steps": 8,
         "steps_per_epoch": 4,
         "learning_rate": 1.0,
-        "schedule": "linear",
+        "schedule": linear,
         "warmup": 0.0,
         "layer_decay": 1.0,
         "damage": None,
@@ -96,7 +96,7 @@ def test_phases_by_hand():
 
 
 def test_a_phase_takes_from_the_stage_what_it_leaves_out():
-    table = _table([{"train": ["block.1"]}], warmup=0.5, schedule="constant", layer_decay=0.5)
+    table = _table([{"train": ["block.1"]}], warmup=0.5, schedule=constant, layer_decay=0.5)
     assert table.peaks == (0, 0, 0.5, 0)
     assert [table.multiplier(step, 2) for step in range(4)] == [1 / 3, 2 / 3, 1.0, 1.0]
 

@@ -112,6 +112,7 @@ def cache_option(value: CacheOption) -> Cache | None:
     return found
 
 
+@dataclass(frozen=True)
 class Loss:
     """What is asked of the labels (`losses.py`).
 
