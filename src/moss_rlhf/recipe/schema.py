@@ -29,12 +29,12 @@ class EvaluateSpec(Spec):
 class Recipe(Spec):
     """Everything that a run does. Two equal recipes on one machine give the same bits."""
 
-    task: Literal["text-classification"]
+    task: Literal["text-classification", "text-generation", "translation"]
     model: str = Field(description="hub id or local directory")
     data: DataSpec
     stages: list[Stage] = Field(min_length=1, json_schema_extra=allow_short_forms)
     evaluate: EvaluateSpec = EvaluateSpec()
-    export: list[Literal["onnx"]] = Field(default_factory=list)
+    export: list[Literal["onnx", "ctranslate2"]] = Field(default_factory=list)
     trust_remote_code: bool = Field(
         False, description="run code that the checkpoint brings along; off unless you set it"
     )
