@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from moss_rlhf.evaluation import PeakMemory, describe_machine, versions
-from moss_rlhf.exporting import export_onnx
 from moss_rlhf.files import copy_directory, read_json, write_json, write_text
-from moss_rlhf.measuring import PROTOCOL, Artifact, Measuring, onnx_artifact, same_threads, torch_artifact
+from moss_rlhf.measuring import PROTOCOL, Measuring, same_threads, torch_artifact
 from moss_rlhf.model.checkpoint import save_checkpoint
 from moss_rlhf.preparing import Session, prepare
 from moss_rlhf.progress import Progress, quiet_libraries
 from moss_rlhf.recipe import Recipe, make_recipe, read_recipe, recipe_values, recipe_yaml, stage_kind, stage_spec
 from moss_rlhf.reporting import write_page
 from moss_rlhf.rundir import open_run
-from moss_rlhf.stages import StageContext, apply_stage
+from moss_rlhf.shipping import ship
+from moss_rlhf.stages import apply_stage
 
 
 def run(
@@ -41,7 +41,9 @@ def run(
             progress.say("finished before; --fresh starts over")
             return finished
         stages = [_do_stage(session, index) for index in range(len(recipe.stages))]
-        report = _header(session) | _compare(session) | {"stages": stages, "cost": _cost(session, stages)}
+        header, compared = _header(session), _compare(session)
+        notes = {"notes": [*header["notes"], *compared["notes"]]}
+        report = header | compared | notes | {"stages": stages, "cost": _cost(session, stages)}
         write_page(report, place.path / "report.html")
         write_json(place.path / "report.json", report)  # last: it says that all else stands
         progress.event("finished", gain=report["gain"])
@@ -69,14 +71,14 @@ def _do_stage(session: Session, index: int) -> dict[str, Any]:
         return folder.read() | {"resumed": True}
     progress.say(title)
     progress.event("stage started", name=folder.path.name)
-    model, rows, started = session.model_after(index), session.rows, time.monotonic()
-    context = StageContext(rows.train, rows.validation, session.recipe.seed, folder.work, session.teacher, progress)
+    model, context, started = session.model_after(index), session.context(index), time.monotonic()
     with PeakMemory() as peak:
         outcome = apply_stage(stage_spec(stage), model, context)
     seconds = outcome.facts.pop("seconds", time.monotonic() - started)
     save_checkpoint(model, folder.model)
     saved = torch_artifact(folder.model, session.model_after(index + 1))
-    _, measurement = _measuring(session, rows.validation, "validation").quality(saved)
+    validation = session.rows_after(index + 1).validation
+    _, measurement = _measuring(session, validation, "validation").quality(saved)
     result = {
         "kind": stage_kind(stage),
         "name": folder.path.name,
@@ -102,27 +104,18 @@ def _compare(session: Session) -> dict[str, Any]:
     session.progress.say("exporting and measuring")
     (session.place.path / "report.json").unlink(missing_ok=True)  # another recipe's: its files are replaced now
     copy_directory(session.folder_after(len(session.folders)), session.place.path / "model")
-    before = torch_artifact(session.folder_after(session.parent), session.model_after(session.parent))
-    after, reference = _ship(session)
-    measuring = _measuring(session, session.rows.evaluation, session.rows.evaluation_split)
-    result = measuring.compare(before if session.head_is_trained else None, after, reference, session.rows.texts)
+    first, last = session.rows_after(session.parent), session.rows_after(len(session.folders))
+    parent = session.folder_after(session.parent), session.model_after(session.parent)
+    before = torch_artifact(*parent, first.evaluation) if session.head_is_trained else None
+    after, reference = ship(session)
+    split = session.encoder.evaluation_split
+    result = _measuring(session, last.evaluation, split).compare(
+        before, after, reference, session.encoder.present[split]
+    )
     if reference is not None:
-        shutil.rmtree(reference.path.parent)
+        shutil.rmtree(session.place.path / "work")
         result["reference"]["artifact"] = "(only compared with, not kept)"
     return result
-
-
-def _ship(session: Session) -> tuple[Artifact, Artifact | None]:
-    """The artifact that is shipped, and for an int8 file the same shape and runtime in float32, to compare with."""
-    model, place = session.model_after(len(session.folders)), session.place.path
-    if "onnx" not in session.recipe.export:
-        return torch_artifact(place / "model", model), None
-    batches = session.sample_batches(model.tokenizer)
-    float_file = place / "work" / "float32.onnx" if model.quantization else None
-    facts = export_onnx(model, place / "onnx", batches, float_file)
-    session.progress.event("exported", **facts)
-    shipped = onnx_artifact(place / "onnx" / "model.onnx", model, str(model.quantization or "float32"))
-    return shipped, onnx_artifact(float_file, model, "float32") if float_file else None
 
 
 def _header(session: Session) -> dict[str, Any]:
@@ -134,7 +127,7 @@ def _header(session: Session) -> dict[str, Any]:
         "task": recipe.task,
         "machine": describe_machine(),
         "versions": versions(),
-        "data": session.rows.facts,
+        "data": session.rows_after(0).facts,
         "notes": [*session.notes, *session.caveats],
         "protocol": list(PROTOCOL),
     }

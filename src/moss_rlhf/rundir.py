@@ -17,7 +17,7 @@ from moss_rlhf.errors import MachineError
 from moss_rlhf.files import read_json, write_json, write_text
 
 _LOCK = ".lock"  # the first file of a run; a directory that has it is ours
-_WRITTEN = ("stages", "data", "model", "onnx", "work", "report.json", "report.html", "log.jsonl")
+_WRITTEN = ("stages", "data", "model", "onnx", "ctranslate2", "work", "report.json", "report.html", "log.jsonl")
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,17 @@ def read_documents(path: Path, column: str, documents: Documents, encoding: str)
         yield _document(waiting, column)
 
 
+def read_texts(path: Path, encoding: str = "utf-8") -> Iterator[str]:
+    """The lines of a text file that are not blank, also of a .gz.
+
+    raises   DataError where it can't be read, or a line's bytes are not of the encoding.
+    """
+    for record in read_documents(path, "text", "lines", encoding):
+        if record.fault:
+            raise DataError(f"{path}, line {record.line}: {record.fault}. Convert it first, as with iconv.")
+        yield record.cells["text"]
+
+
 def _document(lines: list[_Line], column: str) -> Record:
     text = "".join(line.text for line in lines).strip("\r\n")
     fault = next((line for line in lines if line.fault), lines[0])

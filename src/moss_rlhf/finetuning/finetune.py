@@ -17,6 +17,7 @@ from safetensors.torch import load_model
 from transformers import TrainingArguments, set_seed
 
 from moss_rlhf.errors import DataError, Interrupted, ModelError
+from moss_rlhf.finetuning.distillation import LargerTeacher
 from moss_rlhf.finetuning.layers import layer_groups, layer_learning_rates
 from moss_rlhf.finetuning.sampling import EpochSampler
 from moss_rlhf.finetuning.trainer import (
@@ -31,6 +32,7 @@ from moss_rlhf.finetuning.trainer import (
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.processor import fast_bfloat16, processor_flags
 from moss_rlhf.model.runtime import TorchRuntime
+from moss_rlhf.model.vocabulary import ids_in
 from moss_rlhf.model.zeros import Zeros
 from moss_rlhf.progress import Progress
 from moss_rlhf.strategy import SCHEDULES
@@ -75,6 +77,7 @@ def finetune(
     teacher: Model | None = None,
     temperature: float = 2.0,
     teacher_weight: float = 0.7,
+    teacher_rows: Any = None,
     seed: int = 0,
     workspace: Path | None = None,
     save_every_seconds: float = SAVE_EVERY_SECONDS,
@@ -85,7 +88,10 @@ def finetune(
     train, validation   rows with the task's columns, labels included; or encoded already.
     patience            evaluations without a better metric before training stops; None: never.
     teacher             a model whose logits are learned too:
-                        teacher_weight · T² KL + (1 - teacher_weight) · labels' loss.
+                        teacher_weight · T² KL + (1 - teacher_weight) · labels' loss. Its vocabulary may hold more
+                        tokens than the model's, which was cut from it.
+    teacher_rows        `train` as the teacher's tokenizer writes it; classification only. None: it reads the model's
+                        tokens, by its own numbers.
     workspace           where to keep checkpoints; a training interrupted there resumes from its last one and ends in
                         the same bits. None: nothing is kept.
     raises              DataError where there are no rows; ModelError where the model is quantized, the teacher has
@@ -119,7 +125,7 @@ def finetune(
     if teacher is not None:
         _check_teacher(model, teacher)
         if isinstance(task, TextClassification):
-            train = _with_teacher(train, teacher, task, progress)
+            train = _with_teacher(train, _read_by(teacher, model, train, teacher_rows), teacher, task, progress)
     sampler = EpochSampler(train["length"], batch_size, seed, length_bucketing)
     with _folder(workspace) as folder:
         trainer = LayerwiseTrainer(
@@ -139,7 +145,7 @@ def finetune(
             ),
             collate=lambda rows: _collate(rows, model, task),
             train=train,
-            teacher=_asked_at_every_step(teacher),
+            teacher=_asked_at_every_step(teacher, model),
         )
         _train(trainer, folder, task, save_every_seconds, progress)
     return _training(trainer, task, bfloat16)
@@ -180,26 +186,49 @@ def _check_teacher(model: Model, teacher: Model) -> None:
             f"finetune: the teacher's labels are {', '.join(teacher.labels)}, the model's {', '.join(model.labels)}. "
             "Give a teacher of the same labels in the same order."
         )
-    if teacher.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+    if model.tokenizer.get_vocab().keys() - teacher.tokenizer.get_vocab().keys():
         raise ModelError(
             "finetune: the teacher's tokenizer has another vocabulary, so it would read other words than the model. "
-            "Give a teacher with the same tokenizer."
+            "Give a teacher with the same tokenizer, or one that the model's was cut from."
         )
 
 
-def _with_teacher(train: Any, teacher: Model, task: TextClassification, progress: Progress) -> Any:
+def _ids_of_teacher(teacher: Model, model: Model) -> NDArray[np.int64] | None:
+    """The teacher's id of every row of the model's table, (rows,), -1 of one without token; None if they are alike."""
+    larger, smaller = teacher.tokenizer.get_vocab(), model.tokenizer.get_vocab()
+    if larger == smaller:
+        return None
+    ids, rows = ids_in(smaller, larger), model.network.get_input_embeddings().num_embeddings
+    return np.pad(ids, (0, rows - len(ids)), constant_values=-1)
+
+
+def _read_by(teacher: Model, model: Model, train: Any, teacher_rows: Any) -> Any:
+    """The training rows as the teacher reads them.
+
+    raises   DataError where they are not as many as the model's.
+    """
+    if teacher_rows is not None:
+        if len(teacher_rows) != len(train):
+            raise DataError(f"finetune: teacher_rows are {len(teacher_rows)} rows, train {len(train)}; give the same.")
+        return teacher_rows
+    ids = _ids_of_teacher(teacher, model)
+    return train if ids is None else train.map(lambda row: {"input_ids": ids[row["input_ids"]].tolist()})
+
+
+def _with_teacher(train: Any, read: Any, teacher: Model, task: TextClassification, progress: Progress) -> Any:
     """The rows with the teacher's logits as a column: one forward pass serves every epoch."""
     progress.say("  asking the teacher")
-    logits = task.predict(TorchRuntime(teacher.network), train, teacher.tokenizer)
+    logits = task.predict(TorchRuntime(teacher.network), read, teacher.tokenizer)
     return train.add_column("teacher_logits", [row.tolist() for row in logits])
 
 
-def _asked_at_every_step(teacher: Model | None) -> Any:
+def _asked_at_every_step(teacher: Model | None, model: Model) -> Any:
     """The network of a teacher whose answers can't be kept: a language model's logits are a vocabulary a token."""
     if teacher is None or TASKS[teacher.task].has_classes:
         return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return teacher.network.to(device).eval()
+    network, ids = teacher.network.to(device).eval(), _ids_of_teacher(teacher, model)
+    return network if ids is None else LargerTeacher(network, torch.from_numpy(ids).to(device))
 
 
 def _collate(rows: Sequence[Mapping[str, Any]], model: Model, task: Task) -> dict[str, torch.Tensor]:

@@ -1,6 +1,13 @@
 """What the user asks for: typed, frozen, unknown keys refused. Imports no torch."""
 
-from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
+from moss_rlhf.recipe.compression import (
+    NarrowSpec,
+    PruneSpec,
+    QuantizeSpec,
+    SensitivitySpec,
+    ShortenSpec,
+    TrimVocabularySpec,
+)
 from moss_rlhf.recipe.data import DataSpec, SplitLayout
 from moss_rlhf.recipe.finetuning import DistillSpec, EarlyStoppingSpec, FinetuneSpec
 from moss_rlhf.recipe.reading import apply_override, make_recipe, parse_yaml, read_recipe, recipe_values, recipe_yaml
@@ -20,6 +27,7 @@ __all__ = [
     "SensitivitySpec",
     "ShortenSpec",
     "SplitLayout",
+    "TrimVocabularySpec",
     "apply_override",
     "make_recipe",
     "parse_yaml",

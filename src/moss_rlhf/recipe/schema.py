@@ -55,7 +55,7 @@ class Recipe(Spec):
         return stages
 
 
-COMPRESSING = frozenset({"narrow", "shorten", "prune", "quantize"})
+COMPRESSING = frozenset({"narrow", "shorten", "prune", "trim_vocabulary", "quantize"})
 
 
 def stages_before_compression(recipe: Recipe) -> int:

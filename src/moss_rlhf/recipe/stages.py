@@ -9,7 +9,14 @@ from pydantic import BeforeValidator, Discriminator, Tag
 from pydantic_core import PydanticCustomError
 
 from moss_rlhf.errors import nearest
-from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
+from moss_rlhf.recipe.compression import (
+    NarrowSpec,
+    PruneSpec,
+    QuantizeSpec,
+    SensitivitySpec,
+    ShortenSpec,
+    TrimVocabularySpec,
+)
 from moss_rlhf.recipe.finetuning import FinetuneSpec
 from moss_rlhf.recipe.spec import Spec
 
@@ -34,6 +41,10 @@ class QuantizeStage(Spec):
     quantize: QuantizeSpec
 
 
+class TrimVocabularyStage(Spec):
+    trim_vocabulary: TrimVocabularySpec
+
+
 class SensitivityStage(Spec):
     sensitivity: SensitivitySpec
 
@@ -43,6 +54,7 @@ STAGE_KINDS: Mapping[str, type[Spec]] = {
     "narrow": NarrowStage,
     "shorten": ShortenStage,
     "prune": PruneStage,
+    "trim_vocabulary": TrimVocabularyStage,
     "quantize": QuantizeStage,
     "sensitivity": SensitivityStage,
 }
@@ -71,6 +83,7 @@ Stage = Annotated[
     | Annotated[NarrowStage, Tag("narrow")]
     | Annotated[ShortenStage, Tag("shorten")]
     | Annotated[PruneStage, Tag("prune")]
+    | Annotated[TrimVocabularyStage, Tag("trim_vocabulary")]
     | Annotated[QuantizeStage, Tag("quantize")]
     | Annotated[SensitivityStage, Tag("sensitivity")],
     Discriminator(_tag),
