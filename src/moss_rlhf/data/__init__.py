@@ -3,6 +3,18 @@
 from moss_rlhf.data.columns import Column
 from moss_rlhf.data.layout import Sniffed, sniff
 from moss_rlhf.data.reading import read_texts
+from moss_rlhf.data.scanning import open_splits
 from moss_rlhf.data.splits import DataCheck, Splits, check_data, load_rows, load_splits
 
-__all__ = ["Column", "DataCheck", "Sniffed", "Splits", "check_data", "load_rows", "load_splits", "read_texts", "sniff"]
+__all__ = [
+    "Column",
+    "DataCheck",
+    "Sniffed",
+    "Splits",
+    "check_data",
+    "load_rows",
+    "load_splits",
+    "open_splits",
+    "read_texts",
+    "sniff",
+]
