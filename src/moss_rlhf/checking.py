@@ -18,6 +18,7 @@ import numpy as np
 from moss_rlhf.data import DataCheck, check_data
 from moss_rlhf.errors import MachineError, ModelError, RecipeError
 from moss_rlhf.files import read_json
+from moss_rlhf.model import memory
 from moss_rlhf.model.anatomy import FAMILIES, BlockShape, family_of
 from moss_rlhf.model.config import (
     KEY,
@@ -99,17 +100,24 @@ class _State:
 
     dimensions: Dimensions
     parameters: int
+    speaks: bool  # a language model, whose head gives logits for tokens
 
     @property
     def shapes(self) -> tuple[BlockShape, ...]:
         return self.dimensions.blocks
+
+    @property
+    def network(self) -> memory.Network:
+        vocabulary = self.dimensions.projection_parameters // self.dimensions.hidden if self.speaks else 0
+        return memory.Network(self.dimensions, self.parameters, vocabulary)
 
     def with_shapes(self, shapes: Sequence[BlockShape]) -> _State:
         def count(blocks: Sequence[BlockShape]) -> int:
             return sum(all_block_parameters(shape, self.dimensions) for shape in blocks)
 
         parameters = self.parameters - count(self.shapes) + count(shapes)
-        return _State(dataclasses.replace(self.dimensions, blocks=tuple(shapes)), parameters)
+        dimensions = dataclasses.replace(self.dimensions, blocks=tuple(shapes))
+        return _State(dimensions, parameters, self.speaks)
 
 
 def check(recipe: Recipe, progress: Progress | None = None) -> Check:
@@ -137,7 +145,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     rows = {
         split: round(facts["rows"] * len(pieces[split]) / len(lengths[split])) for split, facts in data.facts.items()
     }
-    stages = tuple(_forecasts(recipe, state, config, rows, float(np.mean(pieces["train"])), longest))
+    stages = tuple(_forecasts(recipe, state, config, rows, pieces["train"].tolist(), longest))
     return Check(data, tokens, state.parameters, stages, data.notes)
 
 
@@ -372,7 +380,7 @@ def _initial_state(place: Path, config: dict[str, Any], task: str, labels: int) 
         queries_per_key(config),
         int(config[family.stacks[0].layers]) // len(shapes) if family.shared else 1,
     )
-    return _State(dimensions, parameters)
+    return _State(dimensions, parameters, not TASKS[task].has_classes)
 
 
 def _tensors(place: Path) -> dict[str, tuple[int, ...]]:
@@ -441,23 +449,24 @@ def _text_lengths(place: Path, texts: Sequence[str]) -> list[int]:
 
 
 def _forecasts(
-    recipe: Recipe, state: _State, config: dict[str, Any], rows: dict[str, int], length: float, longest: int
+    recipe: Recipe, state: _State, config: dict[str, Any], rows: dict[str, int], lengths: Sequence[int], longest: int
 ) -> list[Forecast]:
+    length = float(np.mean(lengths))
     rate = _multiplication_rate() * _EFFICIENCY
     forecasts = []
     for stage in recipe.stages:
         spec = stage_spec(stage)
-        flops, memory = _work(spec, state, rows, length, longest)
+        flops, memory = _work(spec, state, rows, lengths, longest)
         state = state.with_shapes(_shapes_after(spec, state.shapes, stage_kind(stage), config))
         macs = macs_per_token(state.dimensions, length)
         forecasts.append(Forecast(stage_kind(stage), state.parameters, macs, flops / rate, memory, flops))
     return forecasts
 
 
-def _work(spec: object, state: _State, rows: dict[str, int], length: float, longest: int) -> tuple[float, int]:
-    """Operations and peak bytes of one stage."""
+def _work(spec: object, state: _State, rows: dict[str, int], lengths: Sequence[int], longest: int) -> tuple[float, int]:
+    """Operations and peak bytes of one stage; `lengths` are tokens of a sample of the training rows."""
+    length = float(np.mean(lengths))
     forward = 2 * macs_per_token(state.dimensions, length) * length
-    memory = _LIBRARY_BYTES + 8 * state.parameters
     if isinstance(spec, FinetuneSpec):
         tokens = spec.epochs * rows["train"] * length
         evaluations = spec.epochs * spec.evaluations_per_epoch * rows["validation"] * forward
@@ -467,19 +476,45 @@ def _work(spec: object, state: _State, rows: dict[str, int], length: float, long
         return training, _LIBRARY_BYTES + logits + training_bytes(
             state.parameters, state.dimensions.hidden, len(state.shapes), batch
         )
+    count = min(getattr(spec, "rows", 0), rows["train"])
+    passes = _passes(spec, len(state.shapes)) * count * forward
+    return passes, _measuring_bytes(spec, state.network, memory.Sample(count, length, float(np.max(lengths))))
+
+
+def _passes(spec: object, layers: int) -> float:
+    """How often a stage goes through its rows, in forwards."""
     if isinstance(spec, NarrowSpec):
-        return _TRAINING_COST * min(spec.rows, rows["train"]) * forward, memory
+        return _TRAINING_COST
     if isinstance(spec, ShortenSpec):
-        passes = sum(len(state.shapes) - count for count in range(spec.remove)) if spec.score == "loss" else 1
-        return passes * min(spec.rows, rows["train"]) * forward, memory
+        return sum(layers - count for count in range(spec.remove)) if spec.score == "loss" else 1
     if isinstance(spec, SensitivitySpec):
-        return (_TRAINING_COST + _REPLAYS) * min(spec.rows, rows["train"]) * forward, memory
-    measures = (isinstance(spec, PruneSpec) and spec.method != "magnitude") or (
-        isinstance(spec, QuantizeSpec) and (spec.method == "gptq" or spec.scheme == "int8_static")
-    )
-    if measures and isinstance(spec, PruneSpec | QuantizeSpec):
-        return _REPLAYS * min(spec.rows, rows["train"]) * forward, memory
-    return 0.0, memory
+        return _TRAINING_COST + _REPLAYS
+    return _REPLAYS if _measures(spec) else 0
+
+
+def _measures(spec: object) -> bool:
+    """Whether pruning or quantizing looks at rows."""
+    if isinstance(spec, PruneSpec):
+        return spec.method != "magnitude" or spec.allocation != "uniform"
+    return isinstance(spec, QuantizeSpec) and (spec.method == "gptq" or spec.scheme == "int8_static")
+
+
+def _measuring_bytes(spec: object, network: memory.Network, sample: memory.Sample) -> int:
+    """Peak bytes of a stage that trains nothing (benchmarks/forecast.py)."""
+    base = memory.LIBRARY_BYTES + network.weights
+    gradient, calibration = memory.gradient_bytes(network, sample), memory.calibration_bytes
+    if isinstance(spec, NarrowSpec):
+        repair = memory.repair_bytes(network, sample) if spec.repair else 0
+        return base + max(gradient + (network.weights if spec.repair else 0), repair)
+    if isinstance(spec, ShortenSpec):
+        copies = 0 if spec.how == "drop" else network.weights
+        return base + copies + memory.logits_bytes(network, sample) + memory.pass_bytes(network, sample)
+    if isinstance(spec, SensitivitySpec):
+        return base + max(gradient, calibration(network, sample, grams=True))
+    solves = getattr(spec, "method", None) in ("sparsegpt", "gptq")
+    measured = calibration(network, sample, grams=solves, solves=solves) if _measures(spec) else 0
+    tables = memory.table_bytes(network) if isinstance(spec, QuantizeSpec) and spec.scheme != "int4" else 0
+    return base + max(measured, tables)
 
 
 def _multiplication_rate() -> float:
