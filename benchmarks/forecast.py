@@ -73,21 +73,21 @@ def write_checkpoint(place: Path, kind: str) -> None:
     ids = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
     torch.manual_seed(0)
     if kind == "gpt2":
-        config = AutoConfig.for_model("gpt2", n_layer=4, vocab_size=50257, n_positions=256, **ids)
+        config = AutoConfig.for_model("gpt2", n_embd=512, n_layer=3, n_head=8, vocab_size=50257, n_positions=256, **ids)
         network = AutoModelForCausalLM.from_config(config)
     else:
-        sizes = {"num_layers": 3, "d_model": 512, "d_ff": 2048, "vocab_size": 32128, "decoder_start_token_id": 0}
+        sizes = {"num_layers": 2, "d_model": 256, "d_ff": 1024, "vocab_size": 32128, "decoder_start_token_id": 0}
         network = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes, eos_token_id=1, pad_token_id=0))
     network.save_pretrained(place)
     fast.save_pretrained(place)
 
 
 def write_texts(place: Path, columns: tuple[str, ...]) -> None:
-    """100 rows of 40 to 120 random words."""
+    """100 rows of 20 to 60 random words."""
     draw = random.Random(0)  # noqa: S311
     with place.open("w", encoding="utf-8") as file:
         for _ in range(100):
-            row = {name: " ".join(f"w{draw.randrange(2000)}" for _ in range(draw.randint(40, 120))) for name in columns}
+            row = {name: " ".join(f"w{draw.randrange(2000)}" for _ in range(draw.randint(20, 60))) for name in columns}
             file.write(json.dumps(row) + "\n")
 
 
