@@ -102,9 +102,10 @@ def test_copies_for_a_teacher_are_used_where_one_is(recipe, tmp_path):
         getattr(stage, kind)
         for stage, kind in zip(session.recipe.stages, ("finetune", "narrow", "finetune"), strict=True)
     )
-    assert len(session.rows_to_train(plain)) == len(session.rows.train)
-    assert len(session.rows_to_train(taught)) == 3 * len(session.rows.train)
-    assert session.rows_to_train(taught)[: len(session.rows.train)] == session.rows.train[:]
+    rows = session.rows_after(0)
+    assert len(session.rows_to_train(plain, rows)) == len(rows.train)
+    assert len(session.rows_to_train(taught, rows)) == 3 * len(rows.train)
+    assert session.rows_to_train(taught, rows)[: len(rows.train)] == rows.train[:]
 
 
 def test_the_forecast_counts_the_copies(recipe):
@@ -162,7 +163,7 @@ def test_a_masked_model_in_a_recipe(recipe, tmp_path, tiny_checkpoint):
     AutoTokenizer.from_pretrained(source).save_pretrained(place)
     recipe["data"]["augment"] = {"masked_lm": {"model": str(place), "share": 0.3}}
     session = _prepare(recipe, tmp_path)
-    facts = session.rows.facts["train"]["augmented"]
+    facts = session.rows_after(0).facts["train"]["augmented"]
     assert facts["operations"] == ["masked_lm"]
     assert facts["unchanged"] == 0
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))

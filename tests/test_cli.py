@@ -184,6 +184,39 @@ def test_init_writes_a_recipe_that_checks(kind, header, tiny_checkpoint, workpla
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("task", "family", "arguments"),
+    [
+        ("text-generation", "gpt2", ["--train", "story.txt"]),
+        ("translation", "t5", ["--train", "a.en", "--target", "a.de", "--test", "a.en", "--test-target", "a.de"]),
+        ("translation", "t5", ["--train", "pairs.tsv"]),
+    ],
+)
+def test_init_for_language_models_writes_a_recipe_that_checks(
+    task, family, arguments, tiny_checkpoint, workplace, capsys
+):
+    pytest.importorskip("ctranslate2")
+    (workplace / "story.txt").write_text("\n\n".join(f"the film {n} was good" for n in range(20)))
+    for name in ("a.en", "a.de"):
+        (workplace / name).write_text("".join(f"{name} {n} was good\n" for n in range(20)))
+    (workplace / "pairs.tsv").write_text("source\ttarget\n" + "".join(f"a {n}\tb {n}\n" for n in range(20)))
+    cli.main(["init", "--task", task, "--model", str(tiny_checkpoint(family)), *arguments])
+    recipe = capsys.readouterr().out
+    Path("recipe.yaml").write_text(recipe)
+    if "--test" in arguments:
+        assert "test:\n    files:" in recipe
+        return
+    cli.main(["check", "recipe.yaml"])
+    assert capsys.readouterr().out.endswith("ok\n")
+
+
+def test_init_refuses_targets_of_another_task(workplace, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["init", "--train", "train.tsv", "--target", "train.tsv"])
+    assert stop.value.code == 2
+    assert "--target: is for translation" in capsys.readouterr().err
+
+
 def test_init_with_a_test_file_keeps_its_layout(workplace, capsys):
     for name in ("train", "test"):
         _write(Path(f"{name}.tsv"), "tsv", header=False)

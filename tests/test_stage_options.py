@@ -21,7 +21,7 @@ def staged(tiny_model, rows, tmp_path):
         )
         model = tiny_model(blocks=1)
         data = encoded(model, rows)
-        context = StageContext(data, data, 0, tmp_path, lambda _: model, Progress(quiet=True))
+        context = StageContext(data, data, data, data, 0, tmp_path, lambda _: model, Progress(quiet=True))
         return model, apply_stage(stage_spec(recipe.stages[0]), model, context)
 
     return run

@@ -22,6 +22,8 @@ from moss_rlhf.data import DataCheck, check_data
 from moss_rlhf.data.cleaning import check_packages
 from moss_rlhf.data.texts import read_texts
 from moss_rlhf.errors import DataError, MachineError, ModelError, RecipeError, nearest
+from moss_rlhf.files import read_json
+from moss_rlhf.model import memory
 from moss_rlhf.model.anatomy import FAMILIES, BlockShape, family_of
 from moss_rlhf.model.config import (
     KEY,
@@ -47,6 +49,7 @@ from moss_rlhf.model.cost import (
 )
 from moss_rlhf.model.layer_map import refuse_pair
 from moss_rlhf.model.locate import locate, read_header, weight_files
+from moss_rlhf.model.vocabulary import KINDS
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import (
     RATES,
@@ -63,6 +66,7 @@ from moss_rlhf.recipe import (
     Recipe,
     SensitivitySpec,
     ShortenSpec,
+    TrimVocabularySpec,
     settle_distillation,
     stage_kind,
     stage_spec,
@@ -73,12 +77,16 @@ from moss_rlhf.strategy import Run, cached_runs, frozen_blocks, lowest_trained
 from moss_rlhf.strategy.augmentation import check_masked_model, check_operations, check_translator, language_of
 from moss_rlhf.strategy.augmentation.words import Language
 from moss_rlhf.tasks import TASKS, TextClassification
-from moss_rlhf.tasks.lengths import choose_max_length, length_facts
+from moss_rlhf.tasks.lengths import choose_max_length, length_facts, row_lengths
 
 _EFFICIENCY = 0.5  # of a plain matrix product's speed, reached in training (docs/LOG.md)
 _LIBRARY_BYTES = 1100 * 2**20  # torch, transformers, datasets, and what their allocators keep (measured)
 _CHECKPOINT_BYTES = 28  # a parameter's share of two resume states (weights and two moments) and the best weights
-_EVERY_TOKEN = ("embeddings_project.weight", "embedding_hidden_mapping_in.weight", "encoder.conv.conv.weight")
+_LOGIT_BYTES = 12  # of a token and word, in training: the logits, their log probabilities, the gradient
+_EVERY_TOKEN = (
+    *("embeddings_project.weight", "embedding_hidden_mapping_in.weight", "encoder.conv.conv.weight"),
+    *("project_in.weight", "project_out.weight"),
+)
 _BYTES_A_TOKEN = 4.5  # of English text, the space included
 _REPLAYS = 2  # passes through each block: to measure what enters it, and to hand on what leaves it changed
 _TRAINING_COST = 3  # a forward and a backward, in forwards
@@ -113,17 +121,24 @@ class _State:
 
     dimensions: Dimensions
     parameters: int
+    speaks: bool  # a language model, whose head gives logits for tokens
 
     @property
     def shapes(self) -> tuple[BlockShape, ...]:
         return self.dimensions.blocks
+
+    @property
+    def network(self) -> memory.Network:
+        vocabulary = self.dimensions.projection_parameters // self.dimensions.hidden if self.speaks else 0
+        return memory.Network(self.dimensions, self.parameters, vocabulary)
 
     def with_shapes(self, shapes: Sequence[BlockShape]) -> _State:
         def count(blocks: Sequence[BlockShape]) -> int:
             return sum(all_block_parameters(shape, self.dimensions) for shape in blocks)
 
         parameters = self.parameters - count(self.shapes) + count(shapes)
-        return _State(dataclasses.replace(self.dimensions, blocks=tuple(shapes)), parameters)
+        dimensions = dataclasses.replace(self.dimensions, blocks=tuple(shapes))
+        return _State(dimensions, parameters, self.speaks)
 
 
 def check(recipe: Recipe, progress: Progress | None = None) -> Check:
@@ -138,22 +153,26 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     check_output(recipe, place)
     check_rows(recipe)
     task = TASKS[recipe.task]
-    known = trained_labels(config)
+    known = trained_labels(config) if task.has_classes else None
     data = check_data(
         recipe.data, task.columns, seed=recipe.seed, known_labels=known, progress=progress or Progress(quiet=True)
     )
     check_labels(recipe, config, data.labels)
-    check_augmentation(recipe, data.samples["train"])
-    check_folds(recipe, data.facts["train"]["classes"])
+    check_augmentation(recipe, [text for row in data.samples["train"] for text in row])
+    check_folds(recipe, data.facts["train"].get("classes", {}))
     lengths = {split: _token_lengths(place, texts) for split, texts in data.samples.items()}
     limit = position_limit(config, float("inf"))
-    longest = choose_max_length(recipe.data.max_length, lengths["train"], limit)
-    tokens = {split: length_facts(values, longest) for split, values in lengths.items()}
-    state = _initial_state(place, config, len(data.labels))
-    rows = {split: facts["rows"] for split, facts in data.facts.items()}
-    stages = tuple(_forecasts(recipe, state, config, rows, tokens["train"]["mean"], longest))
-    notes = [*_cache_notes(recipe, state, config, rows["train"], tokens["train"]["mean"]), *_decided(asked, recipe)]
-    notes += _later(recipe)
+    wanted = recipe.data.max_length
+    longest = choose_max_length(wanted, lengths["train"], task.longest(wanted, limit))
+    tokens = {split: length_facts(values, longest, task.cuts) for split, values in lengths.items()}
+    state = _initial_state(place, config, recipe.task, len(data.labels))
+    pieces = {split: row_lengths(values, longest, task.cuts) for split, values in lengths.items()}
+    rows = {
+        split: round(facts["rows"] * len(pieces[split]) / len(lengths[split])) for split, facts in data.facts.items()
+    }
+    stages = tuple(_forecasts(recipe, state, config, rows, pieces["train"].tolist(), longest))
+    mean = float(np.mean(pieces["train"]))
+    notes = [*_cache_notes(recipe, state, config, rows["train"], mean), *_decided(asked, recipe), *_later(recipe)]
     return Check(data, tokens, state.parameters, stages, (*data.notes, *notes))
 
 
@@ -177,6 +196,20 @@ def check_rows(recipe: Recipe) -> None:
             f"data.truncation: {recipe.data.truncation} is for text classification; {recipe.task} reads texts from "
             "their head. Leave it out."
         )
+    if not TASKS[recipe.task].has_classes and (field := _asks_for_labels(recipe)):
+        raise RecipeError(f"{field}: wants labelled rows, and those of {recipe.task} have none. Leave it out.")
+
+
+def _asks_for_labels(recipe: Recipe) -> str | None:
+    """The first field of `data` that says something of labels."""
+    clean = recipe.data.clean
+    found = {
+        "data.balance": recipe.data.balance != "none",
+        "data.clean.conflicts": clean is not None and clean.conflicts != "off",
+        "data.clean.label_errors": clean is not None and clean.label_errors != "off",
+        "data.clean.ablate": clean is not None and clean.ablate,
+    }
+    return next((field for field, asked in found.items() if asked), None)
 
 
 def _later(recipe: Recipe) -> list[str]:
@@ -192,12 +225,8 @@ def check_stages(recipe: Recipe, place: Path) -> None:
     """Whether the model can go through the stages: something to remove, something left, a teacher that is one."""
     config = read_config(place)
     family = family_of(config["model_type"])
-    if family.kind != "encoder":
-        encoders = ", ".join(sorted(name for name, family in FAMILIES.items() if family.kind == "encoder"))
-        raise ModelError(
-            f"model: {recipe.model} is a {config['model_type']}; recipes classify texts with encoders ({encoders}). "
-            "From Python every method works on it: see docs/decoders.md."
-        )
+    _check_family(recipe, config)
+    _check_export(recipe)
     _check_search(recipe)
     for file in weight_files(place):
         read_header(file)  # says which file is broken
@@ -211,10 +240,15 @@ def check_stages(recipe: Recipe, place: Path) -> None:
         if quantized:
             raise ModelError(f"{field}: {place} is quantized already; give the checkpoint from before quantization.")
         shapes = _shapes_after(spec, shapes, field, config)
-        if isinstance(spec, QuantizeSpec) and spec.scheme == "int4" and "onnx" in recipe.export:
-            raise RecipeError(f"{field}.scheme: int4 can't be exported to ONNX. Give int8, or compressed-tensors.")
-        if isinstance(spec, QuantizeSpec) and spec.scheme == "int8_static" and family.kind != "encoder":
-            raise RecipeError(f"{field}.scheme: int8_static is for encoders. Give int8.")
+        if isinstance(spec, QuantizeSpec):
+            _check_scheme(spec.scheme, recipe.export, family.kind, field)
+        if isinstance(spec, TrimVocabularySpec):
+            _check_trimming(spec, place, config, field)
+        if isinstance(spec, EnsembleSpec) and not TASKS[recipe.task].has_classes:
+            raise RecipeError(
+                f"{field}: members are combined by the probabilities of classes, and {recipe.task} has none. Leave it "
+                "out."
+            )
         if isinstance(spec, ShortenSpec) and family.shared:
             raise RecipeError(f"{field}: the layers of a {config['model_type']} share one block.")
         if _training(spec):
@@ -361,17 +395,78 @@ def _check_layer_map(spec: DistillSpec, depths: Sequence[int], parent: int, fiel
         refuse_pair(pair, depths[-1], deep, field)
 
 
+def _check_family(recipe: Recipe, config: dict[str, Any]) -> None:
+    """A task is served by one kind of network."""
+    kind, task = family_of(config["model_type"]).kind, TASKS[recipe.task]
+    if kind == task.families:
+        return
+    fitting = ", ".join(sorted(name for name, family in FAMILIES.items() if family.kind == task.families))
+    other = next(name for name, served in TASKS.items() if served.families == kind)
+    raise ModelError(
+        f"model: {recipe.model} is {_ARTICLES[kind]} ({config['model_type']}), and {recipe.task} takes "
+        f"{_ARTICLES[task.families]}: {fitting}. Give one of these, or set task: {other}."
+    )
+
+
+_ARTICLES = {"encoder": "an encoder", "decoder": "a decoder", "encoder-decoder": "an encoder-decoder"}
+
+
+_RUNTIMES = {"encoder": "onnx", "decoder": "ctranslate2", "encoder-decoder": "ctranslate2"}
+_HELD = {"onnx": ("ONNX", ("int8", "int8_static")), "ctranslate2": ("CTranslate2", ("int8",))}
+"""Which runtime serves a kind of network here; a runtime's name, and the schemes that it can hold."""
+
+
+def _check_export(recipe: Recipe) -> None:
+    """Encoders go to ONNX, the others to CTranslate2, which holds one number of heads; vLLM's format: below."""
+    kind = TASKS[recipe.task].families
+    fitting = _RUNTIMES[kind]
+    if unfit := [name for name in recipe.export if name not in (fitting, "compressed-tensors")]:
+        raise RecipeError(
+            f"export: {unfit[0]} does not serve {_ARTICLES[kind]}. Give [{fitting}], or leave export out."
+        )
+    if "ctranslate2" not in recipe.export:
+        return
+    if find_spec("ctranslate2") is None:
+        raise MachineError("export: CTranslate2 is not installed: pip install 'moss-rlhf[ctranslate2]'.")
+    for index, stage in enumerate(recipe.stages):
+        spec = stage_spec(stage)
+        if isinstance(spec, NarrowSpec) and max(spec.macs, spec.parameters, spec.latency):
+            raise RecipeError(
+                f"stages.{index}.narrow: a budget leaves the layers different numbers of heads, and CTranslate2 holds "
+                "one. Give shares of heads and feed_forward, or leave export out."
+            )
+
+
+def _check_scheme(scheme: str, export: Sequence[str], kind: str, field: str) -> None:
+    if scheme == "int8_static" and kind != "encoder":
+        raise RecipeError(f"{field}.scheme: int8_static is for encoders. Give int8.")
+    for title, held in (_HELD[name] for name in export if name in _HELD):  # vLLM's format: below
+        other = ", or compressed-tensors" if scheme == "int4" else ""
+        if scheme not in held:
+            raise RecipeError(f"{field}.scheme: {scheme} can't be exported to {title}. Give int8{other}.")
+
+
+def _check_trimming(spec: TrimVocabularySpec, place: Path, config: dict[str, Any], field: str) -> None:
+    """Whether there is a tokenizer that can be cut, and what it shall be cut by."""
+    for file in spec.corpora:
+        read_texts(file, f"{field}.corpora", limit=1)
+    tokenizer = place / "tokenizer.json"
+    if not tokenizer.exists() and config["model_type"] == "marian":
+        raise ModelError(f"{field}: Marian's tokenizer has no tokenizer.json and can't be cut. Leave this stage out.")
+    kind = read_json(tokenizer)["model"]["type"] if tokenizer.exists() else KINDS[0]
+    if kind not in KINDS:
+        raise ModelError(
+            f"{field}: the tokenizer is of the kind {kind}; {', '.join(KINDS)} can be cut. Leave this stage out."
+        )
+
+
 def _shapes_after(
     spec: object, shapes: tuple[BlockShape, ...], field: str, config: dict[str, Any]
 ) -> tuple[BlockShape, ...]:
     if isinstance(spec, NarrowSpec):
-        return _narrowed(spec, shapes, field)
+        return _narrowed(spec, shapes, field, queries_per_key(config))
     if isinstance(spec, ShortenSpec):
-        if spec.remove >= len(shapes):
-            raise RecipeError(
-                f"{field}.remove: {spec.remove} of {len(shapes)} layers would leave none. Give 1 to {len(shapes) - 1}."
-            )
-        return shapes[: len(shapes) - spec.remove]
+        return _shortened(spec, shapes, field)
     if isinstance(spec, QuantizeSpec) and spec.scheme == "int4":
         _check_groups(spec.group_size, shapes, config, field)
     if isinstance(spec, FinetuneSpec) and spec.quantization_aware and spec.quantization_aware.scheme == "int4":
@@ -392,11 +487,36 @@ def _check_groups(group_size: int, shapes: tuple[BlockShape, ...], config: dict[
             )
 
 
-def _narrowed(spec: NarrowSpec, shapes: tuple[BlockShape, ...], field: str) -> tuple[BlockShape, ...]:
+def _shortened(spec: ShortenSpec, shapes: tuple[BlockShape, ...], field: str) -> tuple[BlockShape, ...]:
+    """Which go is not known yet: foretold as if the last ones, of an encoder-decoder the decoder's unless told."""
+    crossing = sum(bool(shape.cross_heads) for shape in shapes)  # of a decoder beside an encoder
+    stacks = {"encoder": len(shapes) - crossing, "decoder": crossing} if crossing else {"": len(shapes)}
+    chosen = [stack for stack in stacks if spec.stack in ("auto", stack) or not stack]
+    most = sum(stacks[stack] - 1 for stack in chosen)
+    if spec.remove > most:
+        of = f"of {sum(stacks[stack] for stack in chosen)} layers"
+        each = " in a stack" if len(chosen) > 1 else ""
+        raise RecipeError(f"{field}.remove: {spec.remove} {of} would leave none{each}. Give 1 to {most}.")
+    if spec.stack == "encoder" and crossing:
+        return shapes[spec.remove :]
+    from_decoder = min(spec.remove, crossing - 1) if crossing else spec.remove
+    return shapes[spec.remove - from_decoder : len(shapes) - from_decoder]
+
+
+def _heads_kept(count: int, removed: float, queries: int) -> int:
+    """Query heads go with the key-value head that they share, those of the last one singly."""
+    return units_kept(count // queries, removed) * queries if count > queries else units_kept(count, removed)
+
+
+def _narrowed(spec: NarrowSpec, shapes: tuple[BlockShape, ...], field: str, queries: int) -> tuple[BlockShape, ...]:
     budget = max(spec.macs, spec.parameters, spec.latency)  # spent where it costs least: foretold as if evenly
     heads, neurons = (budget, budget) if budget else (spec.heads, spec.feed_forward)
     narrowed = tuple(
-        BlockShape(units_kept(shape.heads, heads), units_kept(shape.feed_forward, neurons, spec.multiple_of))
+        BlockShape(
+            _heads_kept(shape.heads, heads, queries),
+            units_kept(shape.feed_forward, neurons, spec.multiple_of),
+            units_kept(shape.cross_heads, heads) if shape.cross_heads else 0,
+        )
         for shape in shapes
     )
     if narrowed == shapes and not spec.hidden:
@@ -426,7 +546,7 @@ def _check_metric(name: str | None, task: str, field: str) -> None:
 
 def _check_teacher(recipe: Recipe, index: int, teacher: str, config: dict[str, Any], field: str) -> None:
     if teacher != "parent":
-        _check_vocabulary(locate(recipe.model), locate(teacher), field)
+        _check_foreign_teacher(recipe, teacher, field)
         return
     parent = stages_before_compression(recipe)
     if index < parent:
@@ -434,20 +554,29 @@ def _check_teacher(recipe: Recipe, index: int, teacher: str, config: dict[str, A
             f"{field}: 'parent' is the model that enters the first compressing stage, and this stage comes before it. "
             "Leave distill out here, or give the directory of a trained checkpoint."
         )
-    if parent == 0 and trained_labels(config) is None:
+    if parent == 0 and TASKS[recipe.task].has_classes and trained_labels(config) is None:
         raise RecipeError(
             f"{field}: 'parent' would be {recipe.model}, whose head was never trained. Put a finetune stage first, or "
             "give the directory of a trained checkpoint."
         )
 
 
+def _check_foreign_teacher(recipe: Recipe, teacher: str, field: str) -> None:
+    """A teacher of the task's family, which knows the model's words."""
+    kind = family_of(read_config(locate(teacher))["model_type"]).kind
+    if kind != TASKS[recipe.task].families:
+        raise RecipeError(f"{field}: {teacher} is {_ARTICLES[kind]}, which does not serve {recipe.task}.")
+    _check_vocabulary(locate(recipe.model), locate(teacher), field)
+
+
 def _check_vocabulary(place: Path, teacher: Path, field: str) -> None:
-    """Whether a teacher reads the same words, as far as tokenizer.json tells; loaded, both are compared again."""
+    """Whether a teacher knows the model's words, as far as tokenizer.json tells; loaded, both are compared again."""
     own, other = (_vocabulary(folder) for folder in (place, teacher))
-    if own and other and own != other:
+    if own and other and own.keys() - other.keys():
         raise ModelError(
             f"{field}: the tokenizer of {teacher} has another vocabulary ({len(other)} tokens, the model's "
-            f"{len(own)}), so it would read other words than the model. Give a teacher with the same tokenizer."
+            f"{len(own)}), so it would read other words than the model. Give a teacher with the same tokenizer, or one "
+            "that the model's was cut from."
         )
 
 
@@ -467,6 +596,8 @@ def _vocabulary(place: Path) -> dict[str, int]:
 
 def check_labels(recipe: Recipe, config: dict[str, Any], labels: Sequence[str]) -> None:
     """A checkpoint of ours serves the labels it was trained for, a teacher knows the same, and weights are for them."""
+    if not TASKS[recipe.task].has_classes:
+        return
     for index, stage in enumerate(recipe.stages):
         spec = stage_spec(stage)
         if isinstance(spec, FinetuneSpec) and spec.loss and isinstance(spec.loss.class_weights, dict):
@@ -549,7 +680,7 @@ def check_folds(recipe: Recipe, classes: Mapping[str, int]) -> None:
 
 def check_output(recipe: Recipe, place: Path) -> None:
     """Whether the output can be written and the disk holds what a run from the start will leave."""
-    parameters = _initial_state(place, read_config(place), labels=2).parameters
+    parameters = _initial_state(place, read_config(place), recipe.task, labels=2).parameters
     output = Path(recipe.output)
     refuse_foreign(output)
     existing = next(parent for parent in [output, *output.absolute().parents] if parent.exists())
@@ -568,24 +699,31 @@ def check_output(recipe: Recipe, place: Path) -> None:
         )
 
 
-def _initial_state(place: Path, config: dict[str, Any], labels: int) -> _State:
-    """The network with a head for `labels`: every family's is a dense layer (BERT's is its pooler) and a classifier."""
-    hidden = hidden_size(config)
-    body = {name: math.prod(shape) for name, shape in _tensors(place).items() if _is_body(name)}
-    head = hidden * hidden + hidden * labels
-    parameters = sum(body.values()) + head + hidden + labels
+def _initial_state(place: Path, config: dict[str, Any], task: str, labels: int) -> _State:
+    """The network with its head: of a language model as it stands in the file, else a new one for `labels`.
+
+    Every family's classifier is a dense layer (BERT's is its pooler) and a projection.
+    """
+    hidden, tensors = hidden_size(config), _tensors(place)
+    if TASKS[task].has_classes:
+        body = {name: math.prod(shape) for name, shape in tensors.items() if _is_body(name)}
+        head = hidden * hidden + hidden * labels
+        parameters, vocabulary = sum(body.values()) + head + hidden + labels, 0
+    else:
+        body = {name: math.prod(shape) for name, shape in tensors.items() if _is_parameter(name, tensors, config)}
+        head, parameters, vocabulary = 0, sum(body.values()), _table_weights(body)
     shapes, family = block_shapes(config), family_of(config["model_type"])
     dimensions = Dimensions(
         hidden,
         head_size(config),
         shapes,
         head,
-        sum(size for name, size in body.items() if name.endswith(_EVERY_TOKEN)),
+        vocabulary + sum(size for name, size in body.items() if name.endswith(_EVERY_TOKEN)),
         is_gated(config),
         queries_per_key(config),
         int(config[family.stacks[0].layers]) // len(shapes) if family.shared else 1,
     )
-    return _State(dimensions, parameters)
+    return _State(dimensions, parameters, not TASKS[task].has_classes)
 
 
 def _tensors(place: Path) -> dict[str, tuple[int, ...]]:
@@ -606,7 +744,38 @@ def _is_body(tensor: str) -> bool:
     return not _HEADS & set(tensor.split(".")[:2]) and not tensor.endswith("position_ids")
 
 
-def _token_lengths(place: Path, texts: Sequence[str]) -> list[int]:
+_TABLES = (
+    "lm_head.weight",
+    "embed_out.weight",
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "shared.weight",
+)
+_BUFFERS = ("position_ids", ".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq", "final_logits_bias")
+"""Of a language model's file: its tables of tokens, the one that gives the logits first; and what is no parameter."""
+
+
+def _is_parameter(name: str, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a language model's tensor is a parameter of its own; older files hold tied ones twice."""
+    shared = any(other.endswith("shared.weight") for other in tensors)
+    twice = shared and name.endswith("embed_tokens.weight")
+    tied = config.get("tie_word_embeddings") is True and name.endswith(_TABLES[:2])
+    return not (twice or tied or name.endswith(_BUFFERS))
+
+
+def _table_weights(body: Mapping[str, int]) -> int:
+    """Weights of the table that gives logits: the head's own, else that of the embeddings."""
+    return next((size for table in _TABLES for name, size in body.items() if name.endswith(table)), 0)
+
+
+def _token_lengths(place: Path, rows: Sequence[Sequence[str]]) -> list[int]:
+    """Tokens of the longest text of each row."""
+    columns = [_text_lengths(place, column) for column in zip(*rows, strict=True)]
+    return [max(lengths) for lengths in zip(*columns, strict=True)]
+
+
+def _text_lengths(place: Path, texts: Sequence[str]) -> list[int]:
     """Tokens of each text, special ones included; by the fast tokenizer's file, else about four characters a token."""
     file = place / "tokenizer.json"
     if not file.exists():
@@ -623,8 +792,9 @@ def _token_lengths(place: Path, texts: Sequence[str]) -> list[int]:
 
 
 def _forecasts(
-    recipe: Recipe, state: _State, config: dict[str, Any], rows: dict[str, int], length: float, longest: int
+    recipe: Recipe, state: _State, config: dict[str, Any], rows: dict[str, int], lengths: Sequence[int], longest: int
 ) -> list[Forecast]:
+    length = float(np.mean(lengths))
     rate = _multiplication_rate() * _EFFICIENCY
     forecasts = []
     for stage in recipe.stages:
@@ -634,47 +804,70 @@ def _forecasts(
         )
         trained = rows | {"train": rows["train"] * (1 + copies)}
         if isinstance(spec, PretrainSpec):
-            flops, memory = _reading(spec, state, rows, length)
+            flops, peak = _reading(spec, state, rows, length)
         else:
             work = _ensemble_work if isinstance(spec, EnsembleSpec) else _work
-            flops, memory = work(spec, state, trained, length, longest)
+            flops, peak = work(spec, state, trained, lengths, longest)
         state = state.with_shapes(_shapes_after(spec, state.shapes, stage_kind(stage), config))
         macs = macs_per_token(state.dimensions, length)
-        forecasts.append(Forecast(stage_kind(stage), state.parameters, macs, flops / rate, memory, flops))
+        forecasts.append(Forecast(stage_kind(stage), state.parameters, macs, flops / rate, peak, flops))
     return forecasts
 
 
-def _work(spec: object, state: _State, rows: dict[str, int], length: float, longest: int) -> tuple[float, int]:
-    """Operations and peak bytes of one stage."""
+def _work(spec: object, state: _State, rows: dict[str, int], lengths: Sequence[int], longest: int) -> tuple[float, int]:
+    """Operations and peak bytes of one stage; `lengths` are tokens of a sample of the training rows."""
+    length = float(np.mean(lengths))
     forward = 2 * macs_per_token(state.dimensions, length) * length
-    memory = _LIBRARY_BYTES + 8 * state.parameters
     if isinstance(spec, FinetuneSpec):
         evaluations = spec.epochs * spec.evaluations_per_epoch * rows["validation"] * forward
         passes = 2 if spec.loss and spec.loss.r_drop else 1
         training = passes * _learning(spec, state, rows["train"], length) + evaluations
         return training, _LIBRARY_BYTES + _learning_bytes(spec, state, rows["train"], longest)
+    count = min(getattr(spec, "rows", 0), rows["train"])
+    work = _passes(spec, len(state.shapes)) * count * forward
+    return work, _measuring_bytes(spec, state.network, memory.Sample(count, length, float(np.max(lengths))))
+
+
+def _passes(spec: object, layers: int) -> float:
+    """How often a stage goes through its rows, in forwards."""
     if isinstance(spec, NarrowSpec):
-        return _TRAINING_COST * min(spec.rows, rows["train"]) * forward, memory
+        return _TRAINING_COST
     if isinstance(spec, ShortenSpec):
-        passes = sum(len(state.shapes) - count for count in range(spec.remove)) if spec.score == "loss" else 1
-        return passes * min(spec.rows, rows["train"]) * forward, memory
+        return sum(layers - count for count in range(spec.remove)) if spec.score == "loss" else 1
     if isinstance(spec, SensitivitySpec):
-        return (_TRAINING_COST + _REPLAYS) * min(spec.rows, rows["train"]) * forward, memory
-    if isinstance(spec, PruneSpec | QuantizeSpec):
-        return _measurements(spec) * _REPLAYS * min(spec.rows, rows["train"]) * forward, memory
-    return 0.0, memory
+        return _TRAINING_COST + _REPLAYS
+    return _REPLAYS * _measurements(spec) if isinstance(spec, PruneSpec | QuantizeSpec) else 0
+
+
+def _measuring_bytes(spec: object, network: memory.Network, sample: memory.Sample) -> int:
+    """Peak bytes of a stage that trains nothing (benchmarks/forecast.py)."""
+    base = memory.LIBRARY_BYTES + network.weights
+    gradient, calibration = memory.gradient_bytes(network, sample), memory.calibration_bytes
+    if isinstance(spec, NarrowSpec):
+        repair = memory.repair_bytes(network, sample) if spec.repair else 0
+        return base + max(gradient + (network.weights if spec.repair else 0), repair)
+    if isinstance(spec, ShortenSpec):
+        copies = 0 if spec.how == "drop" else network.weights
+        return base + copies + memory.logits_bytes(network, sample) + memory.pass_bytes(network, sample)
+    if isinstance(spec, SensitivitySpec):
+        return base + max(gradient, calibration(network, sample, grams=True))
+    solves = getattr(spec, "method", None) in ("sparsegpt", "gptq")
+    measures = isinstance(spec, PruneSpec | QuantizeSpec) and _measurements(spec) > 0
+    measured = calibration(network, sample, grams=solves, solves=solves) if measures else 0
+    tables = memory.table_bytes(network) if isinstance(spec, QuantizeSpec) and spec.scheme != "int4" else 0
+    return base + max(measured, tables)
 
 
 def _ensemble_work(
-    spec: EnsembleSpec, state: _State, rows: dict[str, int], length: float, longest: int
+    spec: EnsembleSpec, state: _State, rows: dict[str, int], lengths: Sequence[int], longest: int
 ) -> tuple[float, int]:
     """The members' trainings, their answers to train and validation, and the training of the one that learns them."""
-    held = rows["train"] // spec.members
+    held, length = rows["train"] // spec.members, float(np.mean(lengths))
     seen = {"train": rows["train"] - held, "validation": held} if spec.by == "folds" else rows
-    member, _ = _work(spec.finetune, state, seen, length, longest)
-    one, memory = _work(spec.finetune, state, rows, length, longest)
+    member, _ = _work(spec.finetune, state, seen, lengths, longest)
+    one, peak = _work(spec.finetune, state, rows, lengths, longest)
     answers = 2 * macs_per_token(state.dimensions, length) * length * (rows["train"] + rows["validation"])
-    return spec.members * (member + answers) + one, memory + 4 * spec.members * state.parameters
+    return spec.members * (member + answers) + one, peak + 4 * spec.members * state.parameters
 
 
 def _learning(spec: FinetuneSpec, state: _State, rows: int, length: float) -> float:
@@ -700,7 +893,8 @@ def _learning_bytes(spec: FinetuneSpec, state: _State, rows: int, longest: int) 
     if blocks:
         above = sum(all_block_parameters(shape, state.dimensions) for shape in state.shapes[blocks:])
         moving = above + state.dimensions.head_parameters
-    return training_bytes(moving, hidden, len(state.shapes) - blocks, batch) + 4 * (state.parameters - moving)
+    logits = _LOGIT_BYTES * batch * state.network.vocabulary
+    return logits + training_bytes(moving, hidden, len(state.shapes) - blocks, batch) + 4 * (state.parameters - moving)
 
 
 def frozen_by_step(spec: FinetuneSpec, groups: Sequence[str], steps_per_epoch: int) -> list[int]:
@@ -772,7 +966,7 @@ def _no_cache(
 def _measurements(spec: PruneSpec | QuantizeSpec) -> int:
     """How often the network is gone through, block by block."""
     if isinstance(spec, PruneSpec):
-        return int(spec.method != "magnitude")
+        return int(spec.method != "magnitude" or spec.allocation != "uniform")
     scaling = spec.smooth > 0 or spec.method == "awq"
     return int(scaling) + int(spec.method == "gptq" or spec.scheme == "int8_static")
 
@@ -781,8 +975,8 @@ def _reading(spec: PretrainSpec, state: _State, rows: dict[str, int], length: fl
     """Operations and peak bytes of pretraining, the language model's head left out."""
     tokens = spec.epochs * _text_tokens(spec, rows["train"] * length)
     batch = spec.batch_size * spec.max_length
-    memory = training_bytes(state.parameters, state.dimensions.hidden, len(state.shapes), batch)
-    return training_flops(state.dimensions, spec.max_length, tokens), _LIBRARY_BYTES + memory
+    peak = training_bytes(state.parameters, state.dimensions.hidden, len(state.shapes), batch)
+    return training_flops(state.dimensions, spec.max_length, tokens), _LIBRARY_BYTES + peak
 
 
 def _text_tokens(spec: PretrainSpec, of_task: float) -> float:

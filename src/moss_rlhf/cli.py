@@ -50,14 +50,18 @@ def options(
 @app.command()
 def init(
     train: Annotated[Path, typer.Option(help="a data file: csv, tsv, txt, json, jsonl, parquet, also .gz")],
-    task: Annotated[str, typer.Option(help="what the model shall do")] = "text-classification",
-    model: Annotated[str, typer.Option(help="hub id or directory")] = "sentence-transformers/all-MiniLM-L6-v2",
+    task: Annotated[
+        str, typer.Option(help="text-classification, text-generation or translation")
+    ] = "text-classification",
+    model: Annotated[str | None, typer.Option(help="hub id or directory; else a usual one for the task")] = None,
     test: Annotated[Path | None, typer.Option(help="a file to measure on; else validation is")] = None,
+    target: Annotated[Path | None, typer.Option(help="translation: the targets of the lines of --train")] = None,
+    test_target: Annotated[Path | None, typer.Option(help="translation: those of --test")] = None,
 ) -> None:
     """Write a recipe for your data to standard output."""
     from moss_rlhf.starting import starting_recipe
 
-    print(starting_recipe(task, model, train, test), end="")
+    print(starting_recipe(task, model, train, test, target, test_target), end="")
 
 
 @app.command()
@@ -160,13 +164,13 @@ def collect(
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="a checkpoint")],
-    data: Annotated[Path, typer.Argument(help="a data file with text and label")],
+    data: Annotated[Path, typer.Argument(help="a data file with the columns of the model's task")],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="how to read the file, such as data.test.columns.text=review; may be repeated"),
     ] = None,
 ) -> None:
-    """Measure a checkpoint on a labelled file: metrics with 95 % intervals, as JSON."""
+    """Measure a checkpoint on a data file: metrics with 95 % intervals, as JSON."""
     from moss_rlhf.starting import evaluate_file
 
     print(json.dumps(evaluate_file(model, data, overrides or ()), indent=1, ensure_ascii=False))

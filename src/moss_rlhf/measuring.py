@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from moss_rlhf.evaluation import (
 )
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.locate import weight_bytes
-from moss_rlhf.model.runtime import Batch, OnnxRuntime, Runtime, TorchRuntime, usable_cores
+from moss_rlhf.model.runtime import Batch, OnnxRuntime, Runtime, TorchRuntime, open_ctranslate2, usable_cores
 from moss_rlhf.model.temperature import Temperature, write_temperature
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import EvaluateSpec
@@ -51,7 +51,9 @@ PROTOCOL = (
     "equal width, and its interval leans upwards, the more so the fewer the rows.",
     "Speed: identical tokenized batches of evaluation texts in random order, padded to their longest, the same number "
     "of threads; rounds of before and after interleaved after a warm-up; medians. Tokenization is excluded. "
-    "A language model reads given tokens in one pass; it writes none.",
+    "A language model reads given tokens in one pass and writes none: a decoder answers with the logits of all tokens, "
+    "a translator in CTranslate2 with the probabilities of the given targets. With a trimmed vocabulary the same texts "
+    "are read in its own tokens.",
     "Peak memory: of a fresh process that loads the artifact and answers one batch of the largest size, libraries "
     "included.",
     "Bytes count weight files only. MACs are multiply-accumulates a token at the mean length of the evaluation texts.",
@@ -60,25 +62,43 @@ PROTOCOL = (
 
 @dataclass(frozen=True)
 class Artifact:
-    """Something that can be shipped: where it is, its model (for sizes), and the runtime that serves it."""
+    """Something that can be shipped: where it is, its model (for sizes), and the runtime that serves it.
+
+    rows   what it is measured on, where its tokenizer writes the same texts in other tokens.
+    """
 
     path: Path
     model: Model
     runtime: Runtime
+    rows: Any = None
 
     @property
     def bytes(self) -> int:
         return self.path.stat().st_size if self.path.is_file() else weight_bytes(self.path)
 
 
-def torch_artifact(path: Path, model: Model) -> Artifact:
-    return Artifact(path, model, TorchRuntime(model.network))
+def torch_artifact(path: Path, model: Model, rows: Any = None) -> Artifact:
+    return Artifact(path, model, TorchRuntime(model.network), rows)
 
 
 def onnx_artifact(path: Path, model: Model, kind: str) -> Artifact:
     runtime = OnnxRuntime(path)
     runtime.name = f"ONNX Runtime {kind}"
     return Artifact(path, model, runtime)
+
+
+def ctranslate2_artifact(path: Path, model: Model, kind: str) -> Artifact:
+    """Of a directory's model.bin."""
+    runtime = open_ctranslate2(path.parent, model.network.config.vocab_size)
+    runtime.name = f"CTranslate2 {kind}"
+    return Artifact(path, model, runtime)
+
+
+ARTIFACTS: Mapping[str, Callable[[Path, Model, str], Artifact]] = {
+    "onnx": onnx_artifact,
+    "ctranslate2": ctranslate2_artifact,
+}
+"""Of a runtime's file, the model that it was made of, and its number format."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +116,20 @@ class Measuring:
     def _intervals(self) -> dict[str, Any]:
         return {"confidence": self.spec.confidence, "resamples": self.spec.resamples, "seed": self.seed}
 
+    def rows_of(self, artifact: Artifact) -> Any:
+        return self.rows if artifact.rows is None else artifact.rows
+
     def quality(self, artifact: Artifact) -> tuple[Answers, dict[str, Any]]:
         """The answers, and the part of a measurement that needs no clock."""
-        task, model = TASKS[artifact.model.task], artifact.model
-        answers = answer(task, artifact.runtime, self.rows, model.tokenizer)
+        task, model, rows = TASKS[artifact.model.task], artifact.model, self.rows_of(artifact)
+        answers = answer(task, artifact.runtime, rows, model.tokenizer)
         return answers, {
             "artifact": _relative(artifact.path, self.root),
             "runtime": artifact.runtime.name,
             "split": self.split,
             "metrics": metrics_of(task, answers, **self._intervals),
-            "rows": task.texts(self.rows) if isinstance(task, TextClassification) else len(self.rows),
-            **sizes_of(model, float(np.mean(self.rows["length"]))),
+            "rows": task.texts(rows) if isinstance(task, TextClassification) else len(rows),
+            **sizes_of(model, float(np.mean(rows["length"]))),
             "bytes": artifact.bytes,
         }
 
@@ -118,7 +141,7 @@ class Measuring:
         texts: Any,
         validation: Any = None,
     ) -> dict[str, Any]:
-        """The report's before, after, reference, gain, calibration, confusion and changed answers.
+        """The report's before, after, reference, gain, calibration, confusion, changed answers, notes on it all.
 
         validation   encoded rows, where the temperature of the shipped probabilities is to be fitted on them.
         """
@@ -132,13 +155,14 @@ class Measuring:
             **{name: measured.get(name) for name in artifacts},
             "gain": self._gain(before, measured, answers),
             "calibration": self._calibration(after, answers, validation),
-            **self._examples(answers, after.model, texts),
+            **self._examples(answers, after, texts),
+            "notes": _notes(answers, after),
         }
 
     def _gain(
         self, before: Artifact | None, measured: Mapping[str, Any], answers: Mapping[str, Answers]
     ) -> dict[str, Any] | None:
-        if before is None:
+        if before is None or not comparable(answers["before"], answers["after"]):
             return None
         first, second = measured["before"], measured["after"]
         sizes = [str(size) for size in self.spec.batch_sizes]
@@ -170,33 +194,40 @@ class Measuring:
             for folder in {after.path.parent if after.path.is_file() else after.path, self.root / "model"}:
                 write_temperature(folder, fitted)
 
-    def _examples(self, answers: Mapping[str, Answers], model: Model, texts: Any) -> dict[str, Any]:
+    def _examples(self, answers: Mapping[str, Answers], artifact: Artifact, texts: Any) -> dict[str, Any]:
         """The answers themselves, as far as the report shows them."""
-        before, after = answers.get("before"), answers["after"]
+        before, after, model = answers.get("before"), answers["after"], artifact.model
         if isinstance(after, ClassAnswers):
             first = before if isinstance(before, ClassAnswers) else None
             return _confusions(first, after, model.labels) | _changed_examples(first, after, model.labels, texts)
-        if isinstance(before, TokenAnswers) and isinstance(after, TokenAnswers):
-            return {"moved": _moved_examples(before, after, self.rows, model.tokenizer)}
+        if isinstance(before, TokenAnswers) and isinstance(after, TokenAnswers) and comparable(before, after):
+            return {"moved": _moved_examples(before, after, self.rows_of(artifact), model.tokenizer)}
         return {"moved": []}
 
     def _speed(self, artifacts: Mapping[str, Artifact]) -> tuple[dict[str, Speed], dict[str, int | None]]:
-        model = next(iter(artifacts.values())).model
-        padding = TASKS[model.task].padding(model.tokenizer)
-        padded = speed_batches(
-            self._pool(), self.spec.batch_sizes, padding, seed=self.seed, rows_per_size=self.spec.speed_rows
-        )
-        batches = {size: [_inputs(model, batch) for batch in group] for size, group in padded.items()}
+        own = {name: self._batches(artifact) for name, artifact in artifacts.items()}
         runtimes = {name: artifact.runtime for name, artifact in artifacts.items()}
-        speeds = measure_speed(runtimes, batches, progress=self.progress, budget_seconds=self.spec.speed_seconds)
-        largest = max(batches[max(batches)], key=lambda batch: batch["input_ids"].size)
+        first = next(iter(own.values()))
+        speeds = measure_speed(runtimes, first, own=own, progress=self.progress, budget_seconds=self.spec.speed_seconds)
+        largest = {
+            name: max(batches[max(batches)], key=lambda batch: batch["input_ids"].size) for name, batches in own.items()
+        }
         with ThreadPoolExecutor() as pool:  # memory, not time, is measured: they may run side by side
-            peaks = pool.map(lambda artifact: self._peak(artifact.path, largest), artifacts.values())
+            peaks = pool.map(lambda name: self._peak(artifacts[name].path, largest[name]), artifacts)
             return speeds, dict(zip(artifacts, peaks, strict=True))
 
-    def _pool(self) -> list[dict[str, list[int]]]:
-        order = np.random.default_rng(self.seed).permutation(len(self.rows))[:_SPEED_POOL]
-        return [dict(row) for row in self.rows.select(np.sort(order))]
+    def _batches(self, artifact: Artifact) -> dict[int, list[Batch]]:
+        """The same texts in the same order for every artifact, in the tokens of its own tokenizer."""
+        model, rows = artifact.model, self.rows_of(artifact)
+        padding = TASKS[model.task].padding(model.tokenizer)
+        padded = speed_batches(
+            self._pool(rows), self.spec.batch_sizes, padding, seed=self.seed, rows_per_size=self.spec.speed_rows
+        )
+        return {size: [_inputs(model, batch) for batch in group] for size, group in padded.items()}
+
+    def _pool(self, rows: Any) -> list[dict[str, list[int]]]:
+        order = np.random.default_rng(self.seed).permutation(len(rows))[:_SPEED_POOL]
+        return [dict(row) for row in rows.select(np.sort(order))]
 
     def _peak(self, path: Path, batch: Batch) -> int | None:
         with tempfile.TemporaryDirectory() as folder:
@@ -204,6 +235,28 @@ class Measuring:
             np.savez(file, allow_pickle=False, **batch)
             command = [sys.executable, "-m", "moss_rlhf.probe", str(path.resolve()), str(file)]
             return peak_memory(command, progress=self.progress)
+
+
+def comparable(before: Answers, after: Answers) -> bool:
+    """Whether both answered the same: perplexities of texts that are spelled in other tokens are not alike."""
+    first, second = before.statistics, after.statistics
+    if not (isinstance(before, TokenAnswers) and isinstance(after, TokenAnswers)):
+        return len(first) == len(second)
+    return np.array_equal(before.scores[:, 1], after.scores[:, 1])
+
+
+def _notes(answers: Mapping[str, Answers], after: Artifact) -> list[str]:
+    before, now = answers.get("before"), answers["after"]
+    found = [
+        f"{after.runtime.name} scores given targets and tells no others: there is no {name.replace('_', ' ')} of after."
+        for name in sorted(now.unknown)
+    ]
+    if before is not None and not comparable(before, now):
+        found.append(
+            "The trimmed vocabulary spells some of the texts measured on in other tokens, so that perplexities a token "
+            "of before and after can't be compared."
+        )
+    return found
 
 
 def _confusions(before: ClassAnswers | None, after: ClassAnswers, labels: Sequence[str]) -> dict[str, Any]:
@@ -246,12 +299,12 @@ def _moved_examples(before: TokenAnswers, after: TokenAnswers, rows: Any, tokeni
 
 
 def _inputs(model: Model, batch: Batch) -> Batch:
-    """What the network is called with: of an encoder-decoder, the target's tokens shifted right too."""
+    """What runtimes are called with: of an encoder-decoder, the targets, and their tokens shifted right too."""
     import torch
 
     tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
     given = TASKS[model.task].inputs(model.network, tensors)
-    return {name: tensor.cpu().numpy() for name, tensor in given.items()}
+    return {**batch, **{name: tensor.cpu().numpy() for name, tensor in given.items()}}
 
 
 def same_threads() -> int:

@@ -10,17 +10,17 @@ from typing import Any
 
 from moss_rlhf.checking import settled
 from moss_rlhf.evaluation import PeakMemory, describe_machine, versions
-from moss_rlhf.exporting import export_compressed_tensors, export_onnx
 from moss_rlhf.files import copy_directory, read_json, write_json, write_text
-from moss_rlhf.measuring import PROTOCOL, Artifact, Measuring, onnx_artifact, same_threads, torch_artifact
-from moss_rlhf.model.checkpoint import Model, save_checkpoint
+from moss_rlhf.measuring import PROTOCOL, Measuring, same_threads, torch_artifact
+from moss_rlhf.model.checkpoint import save_checkpoint
 from moss_rlhf.preparing import Session, prepare
 from moss_rlhf.progress import Progress, quiet_libraries
 from moss_rlhf.recipe import Recipe, make_recipe, read_recipe, recipe_values, recipe_yaml, stage_kind, stage_spec
 from moss_rlhf.reporting import write_page
 from moss_rlhf.rundir import open_run
 from moss_rlhf.searching import Measured, search
-from moss_rlhf.stages import StageContext, apply_stage
+from moss_rlhf.shipping import ship, ship_for_vllm
+from moss_rlhf.stages import apply_stage
 
 
 def run(
@@ -44,7 +44,9 @@ def run(
             progress.say("finished before; --fresh starts over")
             return finished
         stages = [_do_stage(session, index) for index in range(len(recipe.stages))]
-        report = _header(session) | _compare(session) | {"stages": stages, "cost": _cost(session, stages)}
+        header, compared = _header(session), _compare(session)
+        notes = {"notes": [*header["notes"], *compared["notes"]]}
+        report = header | compared | notes | {"stages": stages, "cost": _cost(session, stages)}
         report |= {"search": found.facts} if found else {}
         write_page(report, place.path / "report.html")
         write_json(place.path / "report.json", report)  # last: it says that all else stands
@@ -82,18 +84,15 @@ def _do_stage(session: Session, index: int) -> dict[str, Any]:
         return folder.read() | {"resumed": True}
     progress.say(title)
     progress.event("stage started", name=folder.path.name)
-    model, rows, started = session.model_after(index), session.rows, time.monotonic()
-    spec, seed = stage_spec(stage), session.recipe.seed
-    train = session.rows_to_train(spec)
-    context = StageContext(
-        train, rows.train, rows.validation, rows.train_texts, seed, folder.work, session.teacher, progress
-    )
+    model, context, started = session.model_after(index), session.context(index), time.monotonic()
     with PeakMemory() as peak:
-        outcome = apply_stage(spec, model, context)
+        outcome = apply_stage(stage_spec(stage), model, context)
     seconds = outcome.facts.pop("seconds", time.monotonic() - started)
+    model.cut = session.cut(model.tokenizer)
     save_checkpoint(model, folder.model)
     saved = torch_artifact(folder.model, session.model_after(index + 1))
-    _, measurement = _measuring(session, rows.validation, "validation").quality(saved)
+    validation = session.rows_after(index + 1).validation
+    _, measurement = _measuring(session, validation, "validation").quality(saved)
     result = {
         "kind": stage_kind(stage),
         "name": folder.path.name,
@@ -119,41 +118,18 @@ def _compare(session: Session) -> dict[str, Any]:
     session.progress.say("exporting and measuring")
     (session.place.path / "report.json").unlink(missing_ok=True)  # another recipe's: its files are replaced now
     copy_directory(session.folder_after(len(session.folders)), session.place.path / "model")
-    before = torch_artifact(session.folder_after(session.parent), session.model_after(session.parent))
-    after, reference = _ship(session)
-    measuring = _measuring(session, session.rows.evaluation, session.rows.evaluation_split)
-    dense = before if session.head_is_trained else None
-    result = measuring.compare(dense, after, reference, session.rows.texts, session.rows.validation)
+    first, last = session.rows_after(session.parent), session.rows_after(len(session.folders))
+    parent = session.folder_after(session.parent), session.model_after(session.parent)
+    before = torch_artifact(*parent, first.evaluation) if session.head_is_trained else None
+    after, reference = ship(session)
+    measuring = _measuring(session, last.evaluation, session.encoder.evaluation_split)
+    result = measuring.compare(before, after, reference, session.encoder.evaluated, last.validation)
     measuring.keep_temperature(after, result["calibration"])
-    result["exports"] = _ship_for_vllm(session, after.model)
+    result["exports"] = ship_for_vllm(session, after.model)
     if reference is not None:
-        shutil.rmtree(reference.path.parent)
+        shutil.rmtree(session.place.path / "work")
         result["reference"]["artifact"] = "(only compared with, not kept)"
     return result
-
-
-def _ship(session: Session) -> tuple[Artifact, Artifact | None]:
-    """The artifact that is shipped, and for an int8 file the same shape and runtime in float32, to compare with."""
-    model, place = session.model_after(len(session.folders)), session.place.path
-    if "onnx" not in session.recipe.export:
-        return torch_artifact(place / "model", model), None
-    batches = session.sample_batches(model.tokenizer)
-    float_file = place / "work" / "float32.onnx" if model.quantization else None
-    facts = export_onnx(model, place / "onnx", batches, float_file)
-    session.progress.event("exported", **facts)
-    shipped = onnx_artifact(place / "onnx" / "model.onnx", model, str(model.quantization or "float32"))
-    return shipped, onnx_artifact(float_file, model, "float32") if float_file else None
-
-
-def _ship_for_vllm(session: Session, model: Model) -> dict[str, Any]:
-    """The facts of what is shipped for a runtime that does not run here, by its format."""
-    name = "compressed-tensors"
-    if name not in session.recipe.export:
-        return {}
-    place = session.place.path / name
-    facts = export_compressed_tensors(model, place, session.sample_batches(model.tokenizer))
-    session.progress.event("exported", **facts)
-    return {name: facts}
 
 
 def _header(session: Session) -> dict[str, Any]:
@@ -165,7 +141,7 @@ def _header(session: Session) -> dict[str, Any]:
         "task": recipe.task,
         "machine": describe_machine(),
         "versions": versions(),
-        "data": session.rows.facts,
+        "data": session.rows_after(0).facts,
         "notes": [*session.notes, *session.caveats],
         "protocol": list(PROTOCOL),
     }

@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from moss_rlhf.model.peak import own_peak
-from moss_rlhf.model.runtime import OnnxRuntime, Runtime, TorchRuntime
+from moss_rlhf.model.runtime import OnnxRuntime, Runtime, TorchRuntime, open_ctranslate2
 
 
 def open_artifact(artifact: Path) -> Runtime:
-    """The runtime of an ONNX file or a checkpoint directory; torch is imported for the latter alone."""
+    """The runtime of an ONNX or CTranslate2 file, or a checkpoint directory; torch is imported for the last alone."""
     if artifact.suffix == ".onnx":
         return OnnxRuntime(artifact)
+    if artifact.suffix == ".bin":
+        return open_ctranslate2(artifact.parent)
     from moss_rlhf.tasks.loading import load
 
     return TorchRuntime(load(artifact).network)

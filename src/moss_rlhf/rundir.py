@@ -22,6 +22,8 @@ _WRITTEN = (
     "data",
     "model",
     "onnx",
+    "ctranslate2",
+    "compressed-tensors",
     "work",
     "search",
     "report.json",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moss_rlhf.data import read_texts
 from moss_rlhf.finetuning import ensemble, finetune, pretrain
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.cost import macs_per_token
-from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten
+from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten, trim_vocabulary
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import (
     DistillSpec,
@@ -24,6 +25,7 @@ from moss_rlhf.recipe import (
     QuantizeSpec,
     SensitivitySpec,
     ShortenSpec,
+    TrimVocabularySpec,
 )
 from moss_rlhf.recipe.spec import Spec
 from moss_rlhf.tasks import TASKS
@@ -40,10 +42,12 @@ METHODS: Mapping[type, Callable[..., dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage may use besides its model: encoded rows, train's own texts, a seed, a place to work, the teacher.
+    """What a stage may use besides its model: encoded rows, texts, a seed, a place to work, the teacher.
 
-    `train` are the rows that a fine-tuning trains on, changed copies included; `measured` those that the network is
-    measured on, which are as they came.
+    train     the rows that a fine-tuning trains on, changed copies included.
+    measured  those that the network is measured on, which are as they came.
+    texts     the rows of train before a tokenizer saw them; every_text  those of train, its copies and validation.
+    train_as  `train`, row for row, as another tokenizer writes it; None where that can't be.
     """
 
     train: Any
@@ -54,6 +58,8 @@ class StageContext:
     work: Path
     teacher: Callable[[str], Model]
     progress: Progress
+    every_text: Sequence[Any] = ()
+    train_as: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,26 @@ def apply_stage(spec: Any, model: Model, context: StageContext) -> Outcome:
         return _pretrain(spec, model, context)
     if isinstance(spec, EnsembleSpec):
         return _ensemble(spec, model, context)
+    if isinstance(spec, TrimVocabularySpec):
+        return _trim_vocabulary(spec, model, context)
     fields = {name: getattr(spec, name) for name in type(spec).model_fields}
     facts = METHODS[type(spec)](model, context.measured, **fields, seed=context.seed, progress=context.progress)
     return Outcome(facts, float(facts.pop("flops", 0.0)))
+
+
+def _trim_vocabulary(spec: TrimVocabularySpec, model: Model, context: StageContext) -> Outcome:
+    """By the texts of train, its copies and validation; what test alone uses is not looked at, and goes."""
+    texts = [text for rows in context.every_text for text in _task_texts(model, rows)]
+    facts = trim_vocabulary(
+        model,
+        [*texts, *(text for file in spec.corpora for text in read_texts(file))],
+        minimum_count=spec.minimum_count,
+        keep=spec.keep,
+        characters=spec.characters,
+        multiple_of=spec.multiple_of,
+        progress=context.progress,
+    )
+    return Outcome(facts)
 
 
 def _finetune(spec: FinetuneSpec, model: Model, context: StageContext) -> Outcome:
@@ -87,12 +110,20 @@ def _finetune(spec: FinetuneSpec, model: Model, context: StageContext) -> Outcom
         context.validation,
         **fields,
         teacher=teacher,
+        teacher_rows=_read_by(teacher, model, context) if teacher else None,
         seed=context.seed,
         workspace=context.work,
         progress=context.progress,
     )
     asked = _teaching_flops(spec, teacher, context.train, training.facts["steps"]) if teacher else 0.0
     return Outcome(training.facts, training.flops + asked, training.history)
+
+
+def _read_by(teacher: Model, model: Model, context: StageContext) -> Any:
+    """A classifier's training rows as its teacher reads them, where it knows tokens that the model's table has lost."""
+    if not TASKS[model.task].has_classes or context.train_as is None:
+        return None
+    return None if teacher.tokenizer.get_vocab() == model.tokenizer.get_vocab() else context.train_as(teacher.tokenizer)
 
 
 def _pretrain(spec: PretrainSpec, model: Model, context: StageContext) -> Outcome:
@@ -126,7 +157,7 @@ def _ensemble(spec: EnsembleSpec, model: Model, context: StageContext) -> Outcom
 
 
 def _task_texts(model: Model, rows: Any) -> list[str]:
-    """Every text of the training rows, uncut: of a pair both."""
+    """Every text of the rows, uncut: of a pair both."""
     names = [column.name for column in TASKS[model.task].columns if column.kind == "text"]
     return [text for name in names for text in rows[name][:]]
 

@@ -185,7 +185,7 @@ def test_several_text_columns_of_a_task(tmp_path):
     splits = load_splits(spec, columns, seed=0, cache=tmp_path, progress=QUIET)
     assert splits.train.column_names == ["premise", "hypothesis", "label"]
     check = check_data(spec, columns, seed=0, progress=QUIET)
-    assert "premise 3 hypothesis 3" in check.samples["train"]
+    assert ("premise 3", "hypothesis 3") in check.samples["train"]
 
 
 def test_features_are_text_and_class_ids(tmp_path):
@@ -273,14 +273,14 @@ def test_check_finds_what_loading_finds_and_writes_nothing(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.tsv"]
     splits, _ = _read(tmp_path, spec)
     assert (check.facts, check.labels, check.notes) == (splits.facts, splits.labels, splits.notes)
-    assert sorted(check.samples["train"]) == sorted(text for text, _ in ROWS)
+    assert sorted(check.samples["train"]) == sorted((text,) for text, _ in ROWS)
 
 
 def test_samples_are_a_thousand_rows_from_everywhere(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text("text\tlabel\n" + "".join(f"row {n}\t{n % 2}\n" for n in range(5000)))
     samples = check_data(DataSpec(train=str(path)), COLUMNS, seed=3, progress=QUIET).samples["train"]
-    numbers = [int(text.split()[1]) for text in samples]
+    numbers = [int(text.split()[1]) for (text,) in samples]
     assert len(set(numbers)) == 1000
     assert abs(sum(numbers) / 1000 - 2500) < 200  # over four standard errors (41)
 

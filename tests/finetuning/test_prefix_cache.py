@@ -236,7 +236,7 @@ def test_a_recipe_s_stage_trains_in_phases_with_the_cache(tiny_model, rows, tmp_
     )
     model = tiny_model()
     train, validation = encoded(model, rows[:10]), encoded(model, rows[10:14])
-    context = StageContext(train, validation, 0, tmp_path, lambda name: model, Progress(quiet=True))
+    context = StageContext(train, train, validation, rows, 0, tmp_path, lambda _: model, Progress(quiet=True))
     outcome = apply_stage(spec, model, context)
     assert outcome.facts["cache"] == "3 blocks, steps 1 to 4"
     assert outcome.facts["cache_bytes"] == sum(train["length"]) * 32 * 2

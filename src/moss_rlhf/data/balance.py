@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moss_rlhf.data.layout import Column
+from moss_rlhf.data.columns import Column
 from moss_rlhf.data.splits import Splits
 from moss_rlhf.errors import RecipeError
 from moss_rlhf.files import digest

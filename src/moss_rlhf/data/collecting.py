@@ -108,7 +108,7 @@ def read_corpus(path: str | Path, column: str) -> Iterator[tuple[int, str, dict[
 
     raises   DataError where the file can't be read or has no such column.
     """
-    source = open_source("collect.from", SplitLayout(file=str(path)))
+    source = open_source("collect.from", SplitLayout(file=str(path)), ())
     names: list[str] | None = None
     for record in source.records():
         if record.fault:

@@ -8,8 +8,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from moss_rlhf.data.columns import Column, label_of, text_names
 from moss_rlhf.data.labels import label_name
 from moss_rlhf.data.reading import Record
 from moss_rlhf.data.sources import Source, open_source
@@ -20,14 +21,6 @@ from moss_rlhf.recipe.data import ColumnReference
 HEAD_ROWS = 1000
 _LONGEST_LABEL = 40
 Key = int | str
-
-
-@dataclass(frozen=True)
-class Column:
-    """A standard column of a task."""
-
-    name: str
-    kind: Literal["text", "label"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,7 @@ def _check_references(asked: Asked, columns: Sequence[Column]) -> None:
     for name, reference in asked.references.items():
         if name not in names:
             raise DataError(f"{asked.columns_field}.{name}: is no column of this task; {nearest(name, names)}")
-        if not _keys(reference) or (name == _label(columns) and len(_keys(reference)) > 1):
+        if not _keys(reference) or (name == label_of(columns) and len(_keys(reference)) > 1):
             rule = "a label is one column, a text one or several"
             raise DataError(f"{asked.columns_field}.{name}: {reference} can't be used; {rule}.")
 
@@ -107,6 +100,8 @@ def _by_name(source: Source, head: Sequence[Record], asked: Asked, columns: Sequ
     keys: dict[str, tuple[Key, ...]] = {
         name: tuple(names[index] for index in indices) for name, indices in found.items()
     }
+    if source.documents is not None:  # the source named its one column itself
+        return Layout(keys, False, None, f"{source.kind}, {source.documents.words}", source.documents.found)
     return Layout(keys, False, None, f"{source.kind}; {_in_words(keys)}")
 
 
@@ -167,13 +162,19 @@ def _at_positions(source: Source, head: Sequence[Record], asked: Asked, columns:
             )
         keys = _keys(asked.references[column.name])
         found[column.name] = tuple(_in_range(int(key), width, asked, column.name) for key in keys)
-    if asked.header is None:
-        _refuse_unclear_header(source, head, asked, int(found[_label(columns)][0]))
+    label = label_of(columns)
+    if asked.header is None and label is not None:
+        _refuse_unclear_header(source, head, asked, int(found[label][0]))
+    if asked.header is None and label is None:
+        _refuse_unsaid_header(source, head, asked)
     return Layout(found, False, width, f"{source.kind}, no header; {_in_words(found)}")
 
 
-def _label(columns: Sequence[Column]) -> str:
-    return next(column.name for column in columns if column.kind == "label")
+def _refuse_unsaid_header(source: Source, head: Sequence[Record], asked: Asked) -> None:
+    """Texts don't repeat as labels do, so nothing tells a first row from the names of the columns."""
+    shown = ", ".join(_short(str(cell)) for cell in head[0].cells)
+    remedy = f"Set {asked.field}.header: true if it names the columns, or false if it is a row"
+    raise DataError(f"{source.place}, line {head[0].line}: {shown} may be a row or the columns' names. {remedy}.")
 
 
 def _refuse_unclear_header(source: Source, head: Sequence[Record], asked: Asked, label: int) -> None:
@@ -211,13 +212,15 @@ def _by_looking(source: Source, head: Sequence[Record], asked: Asked, columns: S
     rows = _whole_rows(head, width)
     first, body = rows[0], rows[1:] if asked.header is None else rows
     pairs = _candidates(body).pairs
-    text_names = [column.name for column in columns if column.kind == "text"]
-    if len(pairs) != 1 or len(text_names) != 1:
+    texts, label_column = text_names(columns), label_of(columns)
+    if label_column is None and len(texts) == width == 1:
+        return Layout({texts[0]: (0,)}, False, 1, f"{source.kind}, no header; one column, {texts[0]}", found=True)
+    if label_column is None or len(pairs) != 1 or len(texts) != 1:
         raise DataError(_unclear(source, first, body, asked, columns))
     text, label = pairs[0]
     if asked.header is None and not _occurs_again(first[label], [row[label] for row in body]):
-        raise DataError(_unknown_header(source, first, pairs[0], asked, (text_names[0], _label(columns))))
-    found: dict[str, tuple[Key, ...]] = {text_names[0]: (text,), _label(columns): (label,)}
+        raise DataError(_unknown_header(source, first, pairs[0], asked, (texts[0], label_column)))
+    found: dict[str, tuple[Key, ...]] = {texts[0]: (text,), label_column: (label,)}
     return Layout(found, False, width, f"{source.kind}, no header; {_in_words(found)}", found=True)
 
 
@@ -258,7 +261,8 @@ def _unclear(
         f"column {index}: {', '.join(_short(row[index]) for row in [first, *body[:2]])} …"
         for index in range(len(first))
     )
-    remedy = f"set {asked.columns_field}, as in {{text: 1, label: 0}}, or by the names in the first line"
+    example = ", ".join(f"{column.name}: {index}" for index, column in enumerate(columns))
+    remedy = f"set {asked.columns_field}, as in {{{example}}}, or by the names in the first line"
     return f"{source.place}: the columns {names} can't be told for sure ({shown}); {remedy}."
 
 
@@ -288,6 +292,9 @@ def _key_in_words(key: Key) -> str:
 
 
 # --- for `moss init` -----------------------------------------------------------------------------------------------
+
+
+_CLASSIFICATION = (Column("text", "text"), Column("label", "label"))
 
 
 @dataclass(frozen=True)
@@ -326,7 +333,7 @@ def sniff(path: str | Path) -> Sniffed:
 
     raises  DataError where the file can't be read or holds no rows.
     """
-    source = open_source("train", SplitLayout(file=str(path)))
+    source = open_source("train", SplitLayout(file=str(path)), _CLASSIFICATION)
     head = read_head(source)
     if source.named:
         names = list(dict.fromkeys(str(name) for record in head for name in record.cells))
@@ -350,7 +357,7 @@ def _sniffed(source: Source, keys: tuple[Key, ...], header: bool | None, rows: l
 
 def _has_header(first: Record, rows: Sequence[Sequence[str]]) -> bool:
     """Standard names, or a first value in every column that looks like labels that never occurs again."""
-    if _holds_standard_names(first, (Column("text", "text"), Column("label", "label"))):
+    if _holds_standard_names(first, _CLASSIFICATION):
         return True
     body = rows[1:]
     labels = _candidates(body).labels

@@ -1,4 +1,7 @@
-"""Which rows each split keeps: leaks dropped, a share held out, a subset taken. Functions of labels and digests."""
+"""Which rows each split keeps: leaks dropped, a share held out, a subset taken. Functions of labels and digests.
+
+Without labels all rows are of one class, number 0: what is said of classes holds for them too.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moss_rlhf.data.labels import order_labels, shifted_codes
-from moss_rlhf.data.scanning import Scan
+from moss_rlhf.data.scanning import Labels, Scan
 from moss_rlhf.errors import DataError
 from moss_rlhf.recipe import DataSpec
 
@@ -43,7 +46,7 @@ class Part:
 class Plan:
     """The rows of every split, as positions in its scan, with what a report says about them.
 
-    labels  names in class-id order;  classes  {split: class id of every row of its scan}
+    labels  names in class-id order, () without;  classes  {split: class id of every row of its scan}
     rows    {split: positions kept, rising};  facts, notes  as in `Splits`
     """
 
@@ -62,11 +65,7 @@ def make_plan(scans: Mapping[str, Scan], spec: DataSpec, seed: int, known_labels
 
     raises  DataError where labels don't agree, or one class or nothing is left.
     """
-    _check_same_labels(scans)
-    if len(scans["train"].names) < _LEAST_CLASSES:
-        only = scans["train"].names[0]
-        raise DataError(f"{scans['train'].place}: every label is {only!r}; a classifier needs two classes or more.")
-    labels = order_labels(scans["train"].names, known_labels)
+    labels = _agreed_labels(scans, known_labels)
     parts = _separate(_parts(scans, labels), spec.validation, seed)
     _limit(parts, spec, seed, labels)
     facts = {split: _facts(part, labels) for split, part in parts.items()}
@@ -79,17 +78,29 @@ def make_plan(scans: Mapping[str, Scan], spec: DataSpec, seed: int, known_labels
     )
 
 
-def _check_same_labels(scans: Mapping[str, Scan]) -> None:
-    train = scans["train"]
+def _agreed_labels(scans: Mapping[str, Scan], known: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of every split's labels in class-id order; () where the task has none."""
+    train = scans["train"].labels
+    if train is None:
+        return ()
     for split, scan in scans.items():
-        unknown = [name for name in scan.names if name not in train.names]
-        if unknown:
-            line = scan.lines[scan.names.index(unknown[0])]
-            place = f"{scan.place}, {scan.unit} {line}: the label {unknown[0]!r} does not occur in train"
-            raise DataError(f"{place} (known: {', '.join(order_labels(train.names))}). {_remedy(split, scan, train)}")
+        _check_same_labels(split, scan, train)
+    if len(train.names) < _LEAST_CLASSES:
+        place, only = scans["train"].place, train.names[0]
+        raise DataError(f"{place}: every label is {only!r}; a classifier needs two classes or more.")
+    return order_labels(train.names, known)
 
 
-def _remedy(split: str, scan: Scan, train: Scan) -> str:
+def _check_same_labels(split: str, scan: Scan, train: Labels) -> None:
+    found = scan.labels or Labels([], [], np.zeros(0, dtype=np.int32))
+    unknown = [name for name in found.names if name not in train.names]
+    if unknown:
+        line = found.lines[found.names.index(unknown[0])]
+        place = f"{scan.place}, {scan.unit} {line}: the label {unknown[0]!r} does not occur in train"
+        raise DataError(f"{place} (known: {', '.join(order_labels(train.names))}). {_remedy(split, found, train)}")
+
+
+def _remedy(split: str, scan: Labels, train: Labels) -> str:
     codes = shifted_codes(train.names, scan.names)
     if codes is None:
         return f"Correct it, or name it as train does with data.{split}.labels: {{its name here: its name in train}}."
@@ -101,9 +112,15 @@ def _parts(scans: Mapping[str, Scan], labels: Sequence[str]) -> dict[str, Part]:
     numbers = number_texts([scan.digests for scan in scans.values()])
     parts = {}
     for (split, scan), texts in zip(scans.items(), numbers, strict=True):
-        ids = np.array([labels.index(name) for name in scan.names], dtype=np.int64)
-        parts[split] = Part(scan, ids[scan.labels], texts, np.arange(len(texts)))
+        parts[split] = Part(scan, _class_ids(scan, labels), texts, np.arange(len(texts)))
     return parts
+
+
+def _class_ids(scan: Scan, labels: Sequence[str]) -> Indices:
+    if scan.labels is None:
+        return np.zeros(len(scan.digests), dtype=np.int64)
+    ids = np.array([labels.index(name) for name in scan.labels.names], dtype=np.int64)
+    return ids[scan.labels.positions]
 
 
 def number_texts(digests: Sequence[NDArray[np.uint64]]) -> list[Indices]:
@@ -150,16 +167,16 @@ def hold_out(classes: Indices, texts: Indices, share: float, seed: int) -> Indic
 
 
 def _limit(parts: Mapping[str, Part], spec: DataSpec, seed: int, labels: Sequence[str]) -> None:
-    limit = spec.limit
+    limit, least = spec.limit, _LEAST_CLASSES if labels else 1
     for position, (split, part) in enumerate(parts.items()):
         before = _class_count(part)
-        if len(part.rows) == 0 or (split == "train" and before < _LEAST_CLASSES):
-            raise DataError(_emptied(split, part))
+        if len(part.rows) == 0 or (split == "train" and before < least):
+            raise DataError(_emptied(split, part, bool(labels)))
         size = {str(name): size for name, size in limit.items()}.get(split) if isinstance(limit, dict) else limit
         if size is not None and size < len(part.rows):
             generator = np.random.default_rng([seed, position, size])
             part.keep(np.sort(generator.choice(part.rows, size, replace=False)), "limit")
-        if _class_count(part) < min(before, _LEAST_CLASSES):
+        if _class_count(part) < min(before, least):
             only = labels[part.classes[part.rows[0]]]
             rule = f"leaves rows of one class only ({only!r}) in {split}"
             raise DataError(f"data.limit: {size} {rule}; give a larger limit or leave it out.")
@@ -169,21 +186,23 @@ def _class_count(part: Part) -> int:
     return len(np.unique(part.classes[part.rows]))
 
 
-def _emptied(split: str, part: Part) -> str:
+def _emptied(split: str, part: Part, labelled: bool) -> str:
     left = "no row is" if len(part.rows) == 0 else "one class only is"
     dropped = ", ".join(f"{count} rows {reason}" for reason, count in part.dropped.items()) or "too few rows"
-    remedy = "check that the splits are different files, and that each class has several rows"
+    several = "each class has" if labelled else "there are"
+    remedy = f"check that the splits are different files, and that {several} several rows"
     return f"{part.scan.place}: {left} left for {split} ({dropped}); {remedy}."
 
 
 def _facts(part: Part, labels: Sequence[str]) -> dict[str, Any]:
     counts = np.bincount(part.classes[part.rows], minlength=len(labels))
+    classes = {name: int(counts[index]) for index, name in enumerate(labels)}
     broken = {"broken line": part.scan.broken} if part.scan.broken else {}
     return {
         "rows": len(part.rows),
         "dropped": broken | part.dropped,
         "layout": part.scan.layout,
-        "classes": {name: int(count) for name, count in zip(labels, counts, strict=True)},
+        **({"classes": classes} if labels else {}),
         "duplicates": len(part.rows) - len(np.unique(part.texts[part.rows])),
     }
 
@@ -201,5 +220,5 @@ def _notes(parts: Mapping[str, Part], facts: Mapping[str, Mapping[str, Any]]) ->
     for split, part in parts.items():
         leaks = ((reason, count) for reason, count in part.dropped.items() if reason.startswith("also"))
         notes += [f"{split}: {count} rows dropped because their text is {reason}." for reason, count in leaks]
-    absent = [name for name, count in facts["train"]["classes"].items() if count == 0]
+    absent = [name for name, count in facts["train"].get("classes", {}).items() if count == 0]
     return [*notes, *(f"train: no row of the class {name!r} is left." for name in absent)]

@@ -9,15 +9,18 @@ import json
 import shutil
 import tempfile
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Protocol, cast
 
 from moss_rlhf.errors import DataError
 
 Format = Literal["csv", "tsv", "txt", "json", "jsonl", "parquet"]
+Documents = Literal["lines", "paragraphs", "file"]
 BATCH_ROWS = 2000
+_LOOKED_AT = 1000  # lines
 _LONGEST_CELL = 2**31 - 1  # csv refuses cells above 131,072 characters unless told otherwise
 
 
@@ -60,6 +63,62 @@ def read_records(path: Path, format: Format, delimiter: str, encoding: str) -> G
                 return
             lines = _lines(file, path, encoding)
             yield from _line_records(lines, path, format, delimiter)
+
+
+def read_documents(path: Path, column: str, documents: Documents, encoding: str) -> Generator[Record]:
+    """A plain text as documents, blank ones left out, each with the number of its first line.
+
+    column      the name of the cell that holds the text.
+    documents   lines: one each; paragraphs: parted by blank lines, line breaks kept; file: one.
+    raises      DataError where the file as a whole can't be read; a fault of one line is in its record.
+    """
+    waiting: list[_Line] = []
+    for line in _plain_lines(path, encoding):
+        blank = not line.text.strip() and not line.fault
+        if not blank or documents == "file":
+            waiting.append(line)
+        if waiting and (documents == "lines" or (documents == "paragraphs" and blank)):
+            yield _document(waiting, column)
+            waiting = []
+    if any(line.text.strip() or line.fault for line in waiting):
+        yield _document(waiting, column)
+
+
+def _document(lines: list[_Line], column: str) -> Record:
+    text = "".join(line.text for line in lines).strip("\r\n")
+    fault = next((line for line in lines if line.fault), lines[0])
+    return Record(fault.number, {column: text.replace("\r\n", "\n")}, fault.fault)
+
+
+def looks_like_paragraphs(path: Path, encoding: str) -> bool:
+    """Whether a blank line stands between two others among the first 1,000."""
+    texts = "".join(line.text for line in islice(_plain_lines(path, encoding), _LOOKED_AT)).strip()
+    return any(not text.strip() for text in texts.split("\n"))
+
+
+def read_parallel(paths: Mapping[str, Path], encoding: str) -> Generator[Record]:
+    """The lines of one number of several files, a cell each, by the names of `paths`; blank lines are cells too.
+
+    raises   DataError where the files have different numbers of lines.
+    """
+    lines = [_plain_lines(path, encoding) for path in paths.values()]
+    for number, parts in enumerate(zip_longest(*lines), 1):
+        if None in parts:
+            raise DataError(_uneven(paths, encoding))
+        cells = {name: line.text.rstrip("\r\n") for name, line in zip(paths, parts, strict=True)}
+        faults = (f"of {path}: {line.fault}" for path, line in zip(paths.values(), parts, strict=True) if line.fault)
+        yield Record(number, cells, next(faults, ""))
+
+
+def _uneven(paths: Mapping[str, Path], encoding: str) -> str:
+    counts = {path: sum(1 for _ in _plain_lines(path, encoding)) for path in paths.values()}
+    found = ", ".join(f"{path} has {count:,} lines" for path, count in counts.items())
+    return f"{found}; lines of one number belong together, so both must have as many. Give files of one origin."
+
+
+def _plain_lines(path: Path, encoding: str) -> Iterator[_Line]:
+    with _explained(path), open_bytes(path) as file:
+        yield from _lines(file, path, encoding)
 
 
 def open_bytes(path: Path) -> IO[bytes]:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moss_rlhf.data.columns import Column, label_of
 from moss_rlhf.data.labels import is_score, label_name
-from moss_rlhf.data.layout import Asked, Column, Layout, broken_message, find_layout, read_head
+from moss_rlhf.data.layout import Asked, Layout, broken_message, find_layout, read_head
 from moss_rlhf.data.reading import BATCH_ROWS, Record
 from moss_rlhf.data.sources import Source, open_source, split_layout
 from moss_rlhf.errors import DataError
@@ -29,11 +30,11 @@ _BROKEN_SHOWN = 3
 
 
 class Row(NamedTuple):
-    """A row that can be used: its text columns in the task's order and the name of its label."""
+    """A row that can be used: its text columns in the task's order and the name of its label, where it has one."""
 
     line: int
     texts: tuple[str, ...]
-    label: str
+    label: str | None
 
 
 @dataclass
@@ -71,11 +72,23 @@ class SplitFile:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """The labels of a split's rows.
+
+    names, lines   in order of first appearance, and the line (or row) of each
+    positions      (rows,) int32, in `names`
+    """
+
+    names: list[str]
+    lines: list[int]
+    positions: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
 class Scan:
     """What one pass over a split's rows found out.
 
-    names, lines   label names in order of first appearance, and the line (or row) of each
-    labels         (rows,) int32, positions in `names`
+    labels         None where the task has none
     digests        (rows, 2) uint64, equal for equal texts (outer white space stripped)
     broken         lines skipped; `broken_places`: the first three
     markup         rows whose text holds remnants of HTML, such as <br /> or #39;
@@ -85,9 +98,7 @@ class Scan:
     layout: str
     found: bool
     unit: str
-    names: list[str]
-    lines: list[int]
-    labels: NDArray[np.int32]
+    labels: Labels | None
     digests: NDArray[np.uint64]
     broken: int
     broken_places: list[str]
@@ -97,6 +108,7 @@ class Scan:
 _MARKUP = re.compile(r"</?[a-zA-Z]+ ?/?>|&[a-zA-Z]+;|&?#\d+;")
 
 Keep = Callable[[Row, int, bytes], None]
+"""Takes a row, its label's position (0 where the task has no labels) and its texts' digest."""
 
 
 def open_splits(spec: DataSpec, columns: Sequence[Column]) -> dict[str, SplitFile]:
@@ -111,13 +123,23 @@ def open_splits(spec: DataSpec, columns: Sequence[Column]) -> dict[str, SplitFil
 def open_split(split: str, spec: DataSpec, columns: Sequence[Column]) -> SplitFile:
     """One split that has rows of its own, ready to be read."""
     layout = split_layout(split, getattr(spec, split))
-    source = open_source(split, layout)
+    if label_of(columns) is None:
+        _refuse_labels(split, layout, spec)
+    references = layout.columns if layout.files else layout.columns or spec.columns
+    source = open_source(split, layout, columns, cut=bool(references))
     columns_field = f"data.{split}.columns" if layout.columns else "data.columns"
-    asked = Asked(f"data.{split}", columns_field, layout.header, layout.columns or spec.columns)
+    asked = Asked(f"data.{split}", columns_field, layout.header, references)
     skip = spec.broken_lines == "skip"
     found = find_layout(source, read_head(source, skip), asked, columns)
     renamed = {label_name(value): label_name(name) for value, name in (layout.labels or spec.labels).items()}
     return SplitFile(split, source, found, tuple(columns), renamed, skip)
+
+
+def _refuse_labels(split: str, layout: SplitLayout, spec: DataSpec) -> None:
+    given = {f"data.{split}.labels": layout.labels, "data.labels": spec.labels}
+    for place, names in given.items():
+        if names:
+            raise DataError(f"{place}: {dict(names)} renames labels, and this task has none; leave it out.")
 
 
 def scan_rows(file: SplitFile, keep: Keep, progress: Progress) -> Scan:
@@ -125,37 +147,57 @@ def scan_rows(file: SplitFile, keep: Keep, progress: Progress) -> Scan:
 
     raises  DataError for what makes the rows unusable: nothing to read, a broken line, scores for labels.
     """
-    broken, tally = Broken(file.skip_broken), _Tally()
+    broken, tally = Broken(file.skip_broken), _Tally(label_of(file.columns) is not None)
     with progress.bar(f"reading {file.split}", None) as bar:
         for row in read_rows(file, broken):
             keep(row, *tally.add(row, file))
-            if len(tally.labels) % BATCH_ROWS == 0:
+            if tally.rows % BATCH_ROWS == 0:
                 bar.advance(BATCH_ROWS)
-    _check_labels(file, len(tally.lines), len(tally.labels), broken)
+    _check_rows(file, tally.rows, broken)
+    if tally.labels is not None:
+        _check_labels(file, len(tally.labels.lines), tally.rows)
     return tally.scan(file, broken)
 
 
-class _Tally:
-    """Grows with the rows: a position and a digest each, and a line for each label."""
+class _LabelTally:
+    """Grows with the rows: a position each, and a line for each label."""
 
     def __init__(self) -> None:
         self.lines: dict[str, int] = {}
-        self.positions: dict[str, int] = {}
-        self.labels = array("i")
+        self.known: dict[str, int] = {}
+        self.positions = array("i")
+
+    def add(self, label: str, line: int, file: SplitFile) -> int:
+        """The label's position."""
+        if label not in self.known:
+            self.known[label] = len(self.known)
+            self.lines[label] = line
+            _check_class_count(file, len(self.known))
+        self.positions.append(self.known[label])
+        return self.positions[-1]
+
+    def labels(self) -> Labels:
+        return Labels(list(self.lines), list(self.lines.values()), np.frombuffer(self.positions, dtype=np.int32))
+
+
+class _Tally:
+    """Grows with the rows: a digest each, and their labels where the task has some."""
+
+    def __init__(self, labelled: bool) -> None:
+        self.labels = _LabelTally() if labelled else None
+        self.rows = 0
         self.digests = bytearray()
         self.markup = 0
 
     def add(self, row: Row, file: SplitFile) -> tuple[int, bytes]:
         """The row's label's position and its text's digest."""
-        if row.label not in self.positions:
-            self.positions[row.label] = len(self.positions)
-            self.lines[row.label] = row.line
-            _check_class_count(file, len(self.positions))
-        self.labels.append(self.positions[row.label])
         text = text_digest(row.texts)
+        self.rows += 1
         self.digests += text
         self.markup += any(_MARKUP.search(part) for part in row.texts)
-        return self.labels[-1], text
+        if self.labels is None or row.label is None:
+            return 0, text
+        return self.labels.add(row.label, row.line, file), text
 
     def scan(self, file: SplitFile, broken: Broken) -> Scan:
         return Scan(
@@ -163,9 +205,7 @@ class _Tally:
             layout=file.layout.words,
             found=file.layout.found,
             unit=file.source.unit,
-            names=list(self.lines),
-            lines=list(self.lines.values()),
-            labels=np.frombuffer(self.labels, dtype=np.int32),
+            labels=None if self.labels is None else self.labels.labels(),
             digests=np.frombuffer(self.digests, dtype=np.uint64).reshape(-1, 2),
             broken=broken.count,
             broken_places=broken.places,
@@ -200,11 +240,8 @@ def _row(record: Record, file: SplitFile) -> Row | str:
         return f"has {len(record.cells)} cells, {others} {width}"
     try:
         texts = tuple(_text(record, column.name, file) for column in file.columns if column.kind == "text")
-        return Row(
-            record.line,
-            texts,
-            next(_label(record, column.name, file) for column in file.columns if column.kind == "label"),
-        )
+        labels = (_label(record, column.name, file) for column in file.columns if column.kind == "label")
+        return Row(record.line, texts, next(labels, None))
     except KeyError as error:
         return f"has no field {error}"
     except (TypeError, ValueError) as error:
@@ -263,11 +300,15 @@ def _check_class_count(file: SplitFile, classes: int) -> None:
         raise DataError(_no_label_column(file, f"more than {MOST_CLASSES:,} different labels"))
 
 
-def _check_labels(file: SplitFile, classes: int, rows: int, broken: Broken) -> None:
+def _check_rows(file: SplitFile, rows: int, broken: Broken) -> None:
     if rows == 0:
         why = "has a header and no rows" if file.layout.header else "holds no rows"
         skipped = f" ({broken.count} broken lines were skipped, the first: {broken.places[0]})" if broken.count else ""
-        raise DataError(f"{file.source.place}: {why} that can be used{skipped}; it must hold a text and a label a row.")
+        wanted = " and ".join(f"a {column.name}" for column in file.columns)
+        raise DataError(f"{file.source.place}: {why} that can be used{skipped}; it must hold {wanted} a row.")
+
+
+def _check_labels(file: SplitFile, classes: int, rows: int) -> None:
     if rows > _FEW_ROWS and 2 * classes > rows:
         raise DataError(_no_label_column(file, f"{classes:,} different labels in {rows:,} rows"))
 

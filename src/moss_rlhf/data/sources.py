@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
-from moss_rlhf.data.reading import BATCH_ROWS, Format, Record, read_records
+from moss_rlhf.data.columns import Column, text_names
+from moss_rlhf.data.reading import (
+    BATCH_ROWS,
+    Documents,
+    Format,
+    Record,
+    looks_like_paragraphs,
+    read_documents,
+    read_parallel,
+    read_records,
+)
 from moss_rlhf.errors import DataError
 from moss_rlhf.files import digest, file_digest
 from moss_rlhf.recipe import SplitLayout
@@ -19,8 +29,27 @@ _FORMATS: tuple[Format, ...] = get_args(Format)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
+@dataclass(frozen=True)
+class DocumentRule:
+    """How a plain text is parted into documents. `found`: by looking at it, the recipe does not say."""
+
+    name: Documents
+    found: bool
+
+    @property
+    def words(self) -> str:
+        return {
+            "lines": "a document a line",
+            "paragraphs": "a document a paragraph, parted by blank lines",
+            "file": "one document",
+        }[self.name]
+
+
 class Source(Protocol):
-    """Rows that can be read again and again. `named`: cells have names; `unit`: what a record's number counts."""
+    """Rows that can be read again and again. `named`: cells have names; `unit`: what a record's number counts.
+
+    documents   of a plain text, which has no cells; else None
+    """
 
     @property
     def place(self) -> str: ...
@@ -30,6 +59,8 @@ class Source(Protocol):
     def named(self) -> bool: ...
     @property
     def unit(self) -> str: ...
+    @property
+    def documents(self) -> DocumentRule | None: ...
     def records(self) -> Generator[Record]: ...
     def digest(self) -> str:
         """Names the content and how it is decoded."""
@@ -42,6 +73,7 @@ class FileSource:
     kind: Format
     delimiter: str
     encoding: str
+    documents: None = None
 
     @property
     def place(self) -> str:
@@ -63,6 +95,51 @@ class FileSource:
 
 
 @dataclass(frozen=True)
+class PlainSource:
+    """A text file without cells: documents, which are the cells of the column `column`."""
+
+    path: Path
+    column: str
+    documents: DocumentRule
+    encoding: str
+    kind: str = "txt"
+    named: bool = True
+    unit: str = "line"
+
+    @property
+    def place(self) -> str:
+        return str(self.path)
+
+    def records(self) -> Generator[Record]:
+        return read_documents(self.path, self.column, self.documents.name, self.encoding)
+
+    def digest(self) -> str:
+        return digest(["plain", self.documents.name, self.encoding, file_digest(self.path)])
+
+
+@dataclass(frozen=True)
+class ParallelSource:
+    """A text file a column, whose lines of one number belong together."""
+
+    paths: Mapping[str, Path]
+    encoding: str
+    kind: str = "parallel files"
+    named: bool = True
+    unit: str = "line"
+    documents: None = None
+
+    @property
+    def place(self) -> str:
+        return " + ".join(map(str, self.paths.values()))
+
+    def records(self) -> Generator[Record]:
+        return read_parallel(self.paths, self.encoding)
+
+    def digest(self) -> str:
+        return digest(["parallel", self.encoding, {name: file_digest(path) for name, path in self.paths.items()}])
+
+
+@dataclass(frozen=True)
 class HubSource:
     """A split that `datasets` loaded; class ids are given their names back."""
 
@@ -71,6 +148,7 @@ class HubSource:
     kind: str = "data set"
     named: bool = True
     unit: str = "row"
+    documents: None = None
 
     def records(self) -> Generator[Record]:
         row = 0
@@ -89,17 +167,51 @@ class HubSource:
         return str(self.dataset._fingerprint)
 
 
-def open_source(split: str, layout: SplitLayout) -> Source:
+def open_source(split: str, layout: SplitLayout, columns: Sequence[Column], cut: bool = False) -> Source:
     """The rows that a split's layout names.
 
-    raises  DataError where there are none to read, or an option of the layout means nothing for them.
+    columns  the task's: where they are one text alone, a txt file is plain text and has no cells
+    cut      the recipe says which cells are the columns, so that there are cells
+    raises   DataError where there are none to read, or an option of the layout means nothing for them.
     """
     field = f"data.{split}"
+    if layout.files:
+        return _open_parallel(field, layout, [column.name for column in columns])
     if layout.hub is None:
-        return _open_file(field, Path(str(layout.file)), layout)
-    options = ("format", "header", "delimiter", "encoding")
+        path = Path(str(layout.file))
+        plain = len(columns) == 1 and not cut and layout.delimiter is None and layout.header is None
+        if plain and (layout.format or _format_of(path)) == "txt":
+            return _open_plain(field, path, layout, text_names(columns)[0])
+        return _open_file(field, path, layout)
+    options = ("format", "header", "delimiter", "encoding", "documents")
     _refuse_options(field, layout, options, "a data set on the hub or in a folder")
     return _load_hub(field, layout.hub, layout.split or split)
+
+
+def _open_plain(field: str, path: Path, layout: SplitLayout, column: str) -> PlainSource:
+    _check_file(field, path)
+    _refuse_options(field, layout, ("split",), "a file")
+    _check_encoding(field, layout.encoding)
+    found: Documents = "paragraphs" if looks_like_paragraphs(path, layout.encoding) else "lines"
+    rule = DocumentRule(layout.documents or found, layout.documents is None)
+    return PlainSource(path, column, rule, layout.encoding)
+
+
+def _open_parallel(field: str, layout: SplitLayout, columns: Sequence[str]) -> ParallelSource:
+    options = ("split", "format", "header", "delimiter", "columns", "documents")
+    _refuse_options(field, layout, options, "files that are read line by line")
+    _check_encoding(field, layout.encoding)
+    if sorted(layout.files) != sorted(columns):
+        raise DataError(
+            f"{field}.files: gives {', '.join(layout.files)}; it must give one file for each of {', '.join(columns)}."
+        )
+    paths = {name: Path(layout.files[name]) for name in columns}
+    for name, path in paths.items():
+        _check_file(f"{field}.files.{name}", path)
+        if _format_of(path) not in (None, "txt"):
+            rule = "files are read as plain text, line by line; give a text file, or the one file with all columns"
+            raise DataError(f"{field}.files.{name}: {path} is {_format_of(path)}, and {rule}.")
+    return ParallelSource(paths, layout.encoding)
 
 
 def _open_file(field: str, path: Path, layout: SplitLayout) -> FileSource:
@@ -108,6 +220,7 @@ def _open_file(field: str, path: Path, layout: SplitLayout) -> FileSource:
     if format is None:
         raise DataError(f"{field}: {path} has no known ending ({', '.join(_FORMATS)}, also .gz); set {field}.format.")
     _refuse_options(field, layout, ("split",), "a file")
+    _refuse_options(field, layout, ("documents",), "a file with cells: it is for a txt file of texts alone")
     if format not in _DELIMITERS:
         _refuse_options(field, layout, ("header", "delimiter"), f"{format}, which names its columns")
     if format == "parquet":
@@ -175,7 +288,7 @@ def _refuse_options(field: str, layout: SplitLayout, options: tuple[str, ...], w
     """No option is ignored: what has no meaning for this source is an error."""
     for name in options:
         value = getattr(layout, name)
-        if value != SplitLayout.model_fields[name].default:
+        if value not in (SplitLayout.model_fields[name].default, {}):
             raise DataError(f"{field}.{name}: {value!r} has no meaning for {what}; leave it out.")
 
 

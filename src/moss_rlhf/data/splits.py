@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moss_rlhf.data.layout import Column
+from moss_rlhf.data.columns import Column, label_of, text_names
 from moss_rlhf.data.planning import Indices, make_plan
 from moss_rlhf.data.reading import BATCH_ROWS
-from moss_rlhf.data.scanning import DIGEST_BYTES, Keep, Row, Scan, SplitFile, open_split, open_splits, scan_rows
+from moss_rlhf.data.scanning import DIGEST_BYTES, Keep, Labels, Row, Scan, SplitFile, open_split, open_splits, scan_rows
 from moss_rlhf.errors import DataError
 from moss_rlhf.files import digest, new_file, read_json, write_json
 from moss_rlhf.progress import Progress
@@ -43,12 +43,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Splits:
-    """Clean rows with the task's columns: texts, and the label as class id (int64).
+    """Clean rows with the task's columns: texts, and the label, where the task has one, as class id (int64).
 
     test     None where the recipe names none
-    labels   names in class-id order
-    facts    {split: {"rows", "dropped": {reason: rows}, "layout", "classes": {name: rows}, "duplicates"}};
-             duplicates are rows whose text stood earlier in the same split: counted, kept
+    labels   names in class-id order; () where the task has none
+    facts    {split: {"rows", "dropped": {reason: rows}, "layout", "classes": {name: rows}, "duplicates"}}, without
+             classes where the task has no labels; duplicates are rows whose text stood earlier in the same split:
+             counted, kept
     notes    sentences for the user
     digest   names the rows: equal digests, equal splits
     origins  {split: where its rows stand}
@@ -68,14 +69,14 @@ class Splits:
 class DataCheck:
     """What `load_splits` would give, without the rows.
 
-    samples  {split: up to 1,000 of its texts, each as likely as any other}, text columns joined by a space, before
-             anything is dropped; validation's are those of train where it is a share of it
+    samples  {split: the text columns of up to 1,000 of its rows, each row as likely as any other}, before anything is
+             dropped; validation's are those of train where it is a share of it
     """
 
     labels: tuple[str, ...]
     facts: dict[str, dict[str, Any]]
     notes: tuple[str, ...]
-    samples: dict[str, list[str]]
+    samples: dict[str, list[tuple[str, ...]]]
 
 
 def load_splits(
@@ -89,7 +90,7 @@ def load_splits(
 ) -> Splits:
     """Read, check and clean the recipe's data.
 
-    columns       the task's standard columns: any number of texts, one label.
+    columns       the task's standard columns: any number of texts, one label or none.
     seed          of the held-out share and of the limits.
     cache         folder for `<split>-<digest>.arrow`; files of the same content are used again.
     known_labels  names in the order of a trained head, kept where the data has the same names.
@@ -100,9 +101,8 @@ def load_splits(
     places = {split: cache / f"{split}-{digests[split][:16]}.arrow" for split in files}
     scans = {split: _scan_into(places[split], file, progress) for split, file in files.items()}
     plan = make_plan(scans, spec, seed, known_labels)
-    label = next(column.name for column in columns if column.kind == "label")
     datasets = {
-        split: _dataset(places.get(split, places["train"]), label, plan.classes[split], rows)
+        split: _dataset(places.get(split, places["train"]), label_of(columns), plan.classes[split], rows)
         for split, rows in plan.rows.items()
     }
     share = spec.validation if isinstance(spec.validation, float) else None
@@ -141,31 +141,32 @@ def load_rows(spec: DataSpec, columns: Sequence[Column], labels: Sequence[str]) 
     split = open_split("test", spec, columns)
     kept: list[tuple[Row, int]] = []
     scan = scan_rows(split, lambda row, label, _: kept.append((row, label)), Progress(quiet=True))
-    for name, line in zip(scan.names, scan.lines, strict=True):
+    found = scan.labels.names if scan.labels else []
+    for name, line in zip(found, scan.labels.lines if scan.labels else (), strict=True):
         if name not in labels:
             place = f"{scan.place}, {scan.unit} {line}: the label {name!r} is none of the model's"
             raise DataError(f"{place} ({', '.join(labels)}). Correct it, or rename it with data.test.labels.")
-    texts = [column.name for column in columns if column.kind == "text"]
-    label_column = next(column.name for column in columns if column.kind == "label")
-    return [dict(zip(texts, row.texts, strict=True)) | {label_column: scan.names[label]} for row, label in kept]
+    texts, column = text_names(columns), label_of(columns)
+    rows = [(dict(zip(texts, row.texts, strict=True)), label) for row, label in kept]
+    return [row if column is None else row | {column: found[label]} for row, label in rows]
 
 
 class _Sample:
     """Keeps 1,000 texts of a stream, each row as likely as any other (Vitter 1985, algorithm R)."""
 
     def __init__(self, seed: int) -> None:
-        self.texts: list[str] = []
+        self.texts: list[tuple[str, ...]] = []
         self._seen = 0
         self._generator = np.random.default_rng(seed)
 
     def keep(self, row: Row, label: int, digest: bytes) -> None:
         self._seen += 1
         if len(self.texts) < SAMPLE_ROWS:
-            self.texts.append(" ".join(row.texts))
+            self.texts.append(row.texts)
             return
         place = int(self._generator.random() * self._seen)
         if place < SAMPLE_ROWS:
-            self.texts[place] = " ".join(row.texts)
+            self.texts[place] = row.texts
 
 
 # --- Arrow ---------------------------------------------------------------------------------------------------------
@@ -178,7 +179,9 @@ def _scan_into(place: Path, file: SplitFile, progress: Progress) -> Scan:
         return _cached_scan(place, facts, file)
     with new_file(place) as partial, _arrow_writer(partial, file.columns) as keep:
         scan = scan_rows(file, keep, progress)
-    write_json(facts, {key: value for key, value in vars(scan).items() if not isinstance(value, np.ndarray)})
+    labels = None if scan.labels is None else {"names": scan.labels.names, "lines": scan.labels.lines}
+    plain = {key: value for key, value in vars(scan).items() if key not in ("digests", "labels")}
+    write_json(facts, plain | {"labels": labels})
     return scan
 
 
@@ -187,7 +190,7 @@ def _arrow_writer(place: Path, columns: Sequence[Column]) -> Iterator[Keep]:
     """A function that adds a row to a new Arrow file; rows wait in batches, so memory does not grow with the file."""
     import pyarrow
 
-    texts = [(column.name, pyarrow.string()) for column in columns if column.kind == "text"]
+    texts = [(name, pyarrow.string()) for name in text_names(columns)]
     ours = [(_LABEL_COLUMN, pyarrow.int32()), (_DIGEST_COLUMN, pyarrow.binary(DIGEST_BYTES))]
     schema = pyarrow.schema([*texts, *ours, (_LINE_COLUMN, pyarrow.int64())])
     waiting: list[tuple[Any, ...]] = []
@@ -219,9 +222,10 @@ def _cached_scan(place: Path, facts: Path, file: SplitFile) -> Scan:
 
     with pyarrow.memory_map(str(place)) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
         batches = [_batch_arrays(batch) for batch in stream]
-    labels, digests = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-    values = read_json(facts) | {"place": file.source.place}
-    return Scan(**values, labels=labels, digests=digests)
+    positions, digests = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    values = read_json(facts) | {"place": file.source.place, "digests": digests}
+    labels = values.pop("labels")
+    return Scan(**values, labels=None if labels is None else Labels(**labels, positions=positions))
 
 
 def _batch_arrays(batch: RecordBatch) -> tuple[NDArray[np.int32], NDArray[np.uint64]]:
@@ -232,11 +236,11 @@ def _batch_arrays(batch: RecordBatch) -> tuple[NDArray[np.int32], NDArray[np.uin
     return batch.column(_LABEL_COLUMN).to_numpy().copy(), values[offset : offset + batch.num_rows].copy()
 
 
-def _dataset(place: Path, label: str, classes: Indices, rows: Indices) -> Dataset:
+def _dataset(place: Path, label: str | None, classes: Indices, rows: Indices) -> Dataset:
     from datasets import Dataset
 
     whole = Dataset.from_file(str(place)).remove_columns([_LABEL_COLUMN, _DIGEST_COLUMN, _LINE_COLUMN])
-    return whole.add_column(label, classes).select(rows)
+    return (whole if label is None else whole.add_column(label, classes)).select(rows)
 
 
 def _origin(scan: Scan, place: Path, rows: Indices) -> Origin:

@@ -30,7 +30,7 @@ def read_texts(path: str | Path, field: str = "texts", limit: int | None = None)
 
 def _open(path: str | Path, field: str) -> Source:
     try:
-        return open_source("texts", SplitLayout(file=str(path)))
+        return open_source("texts", SplitLayout(file=str(path)), ())  # no columns: a file of cells, not of documents
     except DataError as error:
         raise DataError(str(error).replace("data.texts", field)) from None
 

@@ -12,7 +12,7 @@ from moss_rlhf.errors import DataError, ModelError
 from moss_rlhf.evaluation.statistics import Estimate, bootstrap, paired_difference
 from moss_rlhf.model.cost import macs_per_token
 from moss_rlhf.model.fingerprint import network_digest
-from moss_rlhf.model.runtime import Runtime, TorchRuntime
+from moss_rlhf.model.runtime import OnnxRuntime, Runtime, TorchRuntime, TranslatorRuntime
 from moss_rlhf.model.temperature import Temperature
 from moss_rlhf.tasks import TASKS, Task, TextClassification
 from moss_rlhf.tasks.calibration import fit_temperature as fitted_temperature
@@ -31,6 +31,10 @@ class Answers(Protocol):
 
     @property
     def statistics(self) -> RowStatistics: ...
+    @property
+    def unknown(self) -> frozenset[str]:
+        """The task's metrics that these answers don't tell."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class ClassAnswers:
     logits: NDArray[np.float32]
     ids: NDArray[np.int64]
     labels: NDArray[np.int64]
+    unknown: frozenset[str] = frozenset()
 
     @property
     def classes(self) -> int:
@@ -63,6 +68,7 @@ class TokenAnswers:
     """Answers of a language model, whose logits are never kept: (rows, 3) of Σ −log p, target tokens, right ones."""
 
     scores: NDArray[np.float64]
+    unknown: frozenset[str] = frozenset()
 
     @property
     def statistics(self) -> RowStatistics:
@@ -78,23 +84,27 @@ class TokenAnswers:
 def answer(task: Task, runtime: Runtime, rows: Any, tokenizer: Any) -> Answers:
     """Ask a runtime about encoded rows with labels.
 
-    raises   ModelError where a language model is in another runtime than PyTorch, or its scores are not finite.
+    raises   ModelError where a language model is in ONNX Runtime, or its scores are not finite.
     """
     if isinstance(task, TextClassification):
         logits = task.predict(runtime, rows, tokenizer)
         return ClassAnswers(logits, task.answers(logits), task.labels(rows))
-    if not isinstance(runtime, TorchRuntime):
-        raise ModelError(f"evaluate: {task.name} is measured in PyTorch, not in {runtime.name}. Leave the export out.")
-    scores = task.scores(runtime.network, rows, tokenizer)
+    if isinstance(runtime, OnnxRuntime):
+        raise ModelError(f"evaluate: {task.name} is not measured in {runtime.name}; export it to CTranslate2.")
+    if isinstance(runtime, TorchRuntime):
+        scores = task.scores(runtime.network, rows, tokenizer)
+    else:
+        scores = task.runtime_scores(runtime, rows, tokenizer)
     if not np.isfinite(scores).all():
         raise ModelError("evaluate: the model's probabilities are not finite; look for inf or nan in the checkpoint.")
-    return TokenAnswers(scores)
+    return TokenAnswers(scores, frozenset({"token_accuracy"} if isinstance(runtime, TranslatorRuntime) else ()))
 
 
 def metrics_of(task: Task, answers: Answers, *, confidence: float, resamples: int, seed: int) -> dict[str, Any]:
-    """Every metric of the task with its interval: {name: {"value", "low", "high"}}."""
+    """Every metric of the task that the answers tell, with its interval: {name: {"value", "low", "high"}}."""
     usual: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
-    found = bootstrap(answers.statistics, metrics=task.metrics, **usual)
+    told = {name: metric for name, metric in task.metrics.items() if name not in answers.unknown}
+    found = bootstrap(answers.statistics, metrics=told, **usual)
     if isinstance(answers, ClassAnswers):
         found |= probability_metrics_of(answers, **usual)
     return dict(found)

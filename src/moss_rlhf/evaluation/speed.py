@@ -63,6 +63,7 @@ def measure_speed(
     runtimes: Mapping[str, Runtime],
     batches: Mapping[int, Sequence[Batch]],
     *,
+    own: Mapping[str, Mapping[int, Sequence[Batch]]] | None = None,
     progress: Progress,
     rounds: int | None = None,
     budget_seconds: float = 60.0,
@@ -76,6 +77,8 @@ def measure_speed(
 
     runtimes        by the name that the result uses.
     batches         {batch size: batches}, as from `speed_batches`; at least one batch each.
+    own             {runtime's name: the batches of the same texts as that runtime's tokenizer writes them}, for those
+                    whose vocabulary is another.
     rounds          of measurement, for each runtime and batch size; None: as many as `budget_seconds` allows for all
                     sizes together, from 3 to 9, predicted from the last warm-up.
     warmup          rounds before, not counted; at least 1.
@@ -87,20 +90,23 @@ def measure_speed(
     for size, group in batches.items():
         if not group:
             raise ValueError(f"batches[{size}] is empty: give at least one batch of this size, or leave the size out")
-        expected = _warm_up(runtimes, group, warmup, clock)
+        read = {name: (own or {}).get(name, batches)[size] for name in runtimes}
+        expected = _warm_up(runtimes, read, warmup, clock)
         count = rounds or _affordable_rounds(expected, budget_seconds / len(batches))
         turns = [name for _ in range(count) for name in runtimes]
         tracked = progress.track(turns, f"speed, batch {size}", total=len(turns))
-        for name, seconds in _measure(runtimes, group, tracked, clock).items():
+        for name, seconds in _measure(runtimes, read, tracked, clock).items():
             speeds[name]["latency_ms"][str(size)] = _latency(seconds)
             speeds[name]["throughput"][str(size)] = _throughput(seconds, group)
     return speeds
 
 
-def _warm_up(runtimes: Mapping[str, Runtime], batches: Sequence[Batch], rounds: int, clock: Clock) -> float:
+def _warm_up(
+    runtimes: Mapping[str, Runtime], batches: Mapping[str, Sequence[Batch]], rounds: int, clock: Clock
+) -> float:
     """Run everything without counting it; the seconds that the last round took."""
     for _ in range(rounds):
-        seconds = sum(_time_batches(runtime, batches, clock).sum() for runtime in runtimes.values())
+        seconds = sum(_time_batches(runtime, batches[name], clock).sum() for name, runtime in runtimes.items())
     return float(seconds)
 
 
@@ -110,12 +116,12 @@ def _affordable_rounds(seconds_each: float, budget_seconds: float) -> int:
 
 
 def _measure(
-    runtimes: Mapping[str, Runtime], batches: Sequence[Batch], turns: Iterable[str], clock: Clock
+    runtimes: Mapping[str, Runtime], batches: Mapping[str, Sequence[Batch]], turns: Iterable[str], clock: Clock
 ) -> dict[str, Seconds]:
     """{runtime: (rounds, batches) seconds}, the runtimes running in the order of `turns`."""
     timings: dict[str, list[Seconds]] = {name: [] for name in runtimes}
     for name in turns:
-        timings[name].append(_time_batches(runtimes[name], batches, clock))
+        timings[name].append(_time_batches(runtimes[name], batches[name], clock))
     return {name: np.stack(seconds) for name, seconds in timings.items()}
 
 

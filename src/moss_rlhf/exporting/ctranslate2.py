@@ -20,24 +20,32 @@ from moss_rlhf.errors import MachineError, ModelError, MossError
 from moss_rlhf.files import new_directory
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.grid import LARGEST_CODE
+from moss_rlhf.model.runtime import GeneratorRuntime, TranslatorRuntime
 
 FILE = "model.bin"
 _FLOAT_TOLERANCE = 1e-3
+_LONGEST = 512  # tokens of a text that is compared
 _INT8_TOLERANCE = 0.5  # activations in 8 bits; a wrong graph or a wrong weight gives 1 and more
 _SERVED = ("gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "t5", "mt5", "bart", "marian")
 
 
-def export_ctranslate2(model: Model, place: Path, texts: Sequence[tuple[str, str]]) -> dict[str, object]:
+def export_ctranslate2(
+    model: Model, place: Path, texts: Sequence[tuple[str, str]], float_place: Path | None = None
+) -> dict[str, object]:
     """Write a directory that `ctranslate2.Generator` or `Translator` loads, tokenizer beside it, whole or not at all.
 
-    texts    (source, target) to hold it against PyTorch with; a decoder reads the sources alone.
-    returns  the facts.
+    texts        (source, target) to hold it against PyTorch with; a decoder reads the sources alone.
+    float_place  where to leave the same weights in float32, to compare speeds with.
+    returns      the facts.
     raises   ModelError on a shape or scheme that CTranslate2 can't hold; MachineError where it is not installed;
              MossError where the file does not answer as PyTorch does.
     """
     _refuse(model)
+    if float_place is not None:
+        with new_directory(float_place) as partial:
+            _convert(model, partial, None)
     with new_directory(place) as partial:
-        _convert(model, partial)
+        _convert(model, partial, "int8" if model.quantization else None)
         difference = _verify(model, partial, texts)
         model.tokenizer.save_pretrained(partial)
     return {"file": f"{place.name}/{FILE}", "difference_to_pytorch": difference}
@@ -68,7 +76,7 @@ def _library() -> Any:
     return ctranslate2
 
 
-def _convert(model: Model, place: Path) -> None:
+def _convert(model: Model, place: Path, quantization: str | None) -> None:
     library = _library()
     from ctranslate2.converters import TransformersConverter
     from ctranslate2.specs.model_spec import visit_spec
@@ -88,8 +96,8 @@ def _convert(model: Model, place: Path) -> None:
         spec = converter._load()  # its `convert` would not let us set the head size
         _set_head_size(spec, model)
         spec.validate()
-        spec.optimize(quantization="int8" if model.quantization else None)
-        if model.quantization:
+        spec.optimize(quantization=quantization)
+        if quantization:
             visit_spec(spec, _hold_seven_bits)
         spec.save(str(place))
     except (AttributeError, ValueError, RuntimeError) as error:
@@ -189,30 +197,32 @@ Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 @torch.no_grad()
 def _decoder_answers(model: Model, place: Path, texts: Sequence[tuple[str, str]]) -> Pair:
-    generator = _library().Generator(str(place))
-    expected, found = [], []
+    runtime, expected, found = GeneratorRuntime(place, vocabulary=model.network.config.vocab_size), [], []
     for source, _ in texts:
-        ids = model.tokenizer(source, truncation=True, max_length=model.max_length)["input_ids"]
-        logits = model.network(input_ids=torch.tensor([ids])).logits[0].double().numpy()
-        expected.append(logits.ravel())
-        found.append(np.array(generator.forward_batch([ids]))[0, :, : logits.shape[1]].ravel().astype(np.float64))
+        ids = np.array([_ids(model, source)], dtype=np.int64)
+        expected.append(model.network(input_ids=torch.from_numpy(ids)).logits.double().numpy().ravel())
+        answered = runtime.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        found.append(answered.ravel().astype(np.float64))
     return np.concatenate(expected), np.concatenate(found)
 
 
 @torch.no_grad()
 def _translator_answers(model: Model, place: Path, texts: Sequence[tuple[str, str]]) -> Pair:
-    translator, tokenizer = _library().Translator(str(place)), model.tokenizer
-    expected, found = [], []
+    runtime, expected, found = TranslatorRuntime(place), [], []
     for source, target in texts:
-        given = tokenizer(source, truncation=True, max_length=model.max_length)["input_ids"]
-        wanted = tokenizer(text_target=target, truncation=True, max_length=model.max_length)["input_ids"]
+        ids = np.array([_ids(model, source)], dtype=np.int64)
+        limit = min(model.max_length, _LONGEST)
+        wanted = model.tokenizer(text_target=target, truncation=True, max_length=limit)["input_ids"]
         labels = torch.tensor([wanted])
-        inputs = {"input_ids": torch.tensor([given])}
         decoder = model.network.prepare_decoder_input_ids_from_labels(labels=labels)
-        logits = model.network(**inputs, decoder_input_ids=decoder).logits[0].double().log_softmax(dim=-1)
-        scored = translator.score_batch(
-            [tokenizer.convert_ids_to_tokens(given)], [tokenizer.convert_ids_to_tokens(wanted)]
-        )[0]
-        expected.append(logits[range(len(wanted)), wanted].numpy())
-        found.append(np.array(scored.log_probs[: len(wanted)], dtype=np.float64))
+        logits = model.network(input_ids=torch.from_numpy(ids), decoder_input_ids=decoder).logits
+        expected.append(logits[0].double().log_softmax(dim=-1)[range(len(wanted)), wanted].numpy())
+        answered = runtime.run({"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": labels.numpy()})
+        found.append(answered[0].astype(np.float64))
     return np.concatenate(expected), np.concatenate(found)
+
+
+def _ids(model: Model, text: str) -> list[int]:
+    limit = min(model.max_length, _LONGEST)
+    ids: list[int] = model.tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+    return ids

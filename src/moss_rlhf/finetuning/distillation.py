@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,36 @@ from moss_rlhf.tasks import Task
 
 if TYPE_CHECKING:
     from moss_rlhf.finetuning.objective import Pass
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a teacher answers."""
+
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class LargerTeacher:
+    """A teacher whose vocabulary the student's was cut from: it is asked, and answers, in the student's ids.
+
+    network   called with token ids by their names; of a language model gives logits (batch, length, tokens).
+    ids       (tokens of the student,) int64: the teacher's id of each; -1 where the student's table has no token.
+    speaks    whether it answers with logits for tokens: its probabilities are then those of the tokens that the
+              student has, softmax over the columns `ids`. A classifier's answers stay as they are.
+    """
+
+    network: Callable[..., Any]
+    ids: Tensor
+    speaks: bool = True
+
+    def __call__(self, **given: Tensor) -> Taught:
+        own = {name: self.ids[value] if name.endswith("input_ids") else value for name, value in given.items()}
+        every: Tensor = self.network(**own).logits
+        if not self.speaks:
+            return Taught(every)
+        logits = every[..., self.ids.clamp(min=0)]
+        return Taught(logits.masked_fill(self.ids < 0, torch.finfo(logits.dtype).min))
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -35,7 +35,7 @@ from moss_rlhf.tasks.probabilities import brier_score, log_mean_probability, mea
 
 By = Literal["seeds", "folds"]
 Ids = NDArray[np.int64]
-_OURS = ("model", "train", "validation", "teacher", "distill", "seed", "workspace", "progress")
+_OURS = ("model", "train", "validation", "teacher", "teacher_rows", "distill", "seed", "workspace", "progress")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from moss_rlhf.finetuning.ingredients import (
     obstacle_to_cache,
     penalties,
     plateau_of,
+    read_by,
     teachers_of,
     teaching_of,
     tutor_of,
@@ -113,6 +114,7 @@ def finetune(
     compile: Compile = "off",
     precision: Precision = "auto",
     teacher: Model | Sequence[Model] | None = None,
+    teacher_rows: Any = None,
     distill: Distillation | Mapping[str, Any] | None = None,
     adapter: Adapter | Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -151,6 +153,9 @@ def finetune(
     average             {"last": n} or {"best": n}: end with the mean of so many evaluations' weights, where validation
                         says that it is no worse than the best of them.
     teacher             a model whose answers are learned too; of several classifiers, the mean of their probabilities.
+                        Its vocabulary may hold more tokens than the model's, which was cut from it.
+    teacher_rows        `train`, row for row, as the teacher's tokenizer writes it, or a list of these, one a teacher;
+                        classification only. None: teachers read the model's tokens, by their own numbers.
     distill             how, such as {"temperature": 2.0, "weight": 0.7, "hidden": 1.0, "attention": 1.0, "layers":
                         "auto"}; temperature and weight as here without it, and nothing of what the teacher does inside.
     adapter             train adapters and the head instead, and merge them at the end, such as {"kind": "lora", "rank":
@@ -203,7 +208,7 @@ def finetune(
     teachers = teachers_of(model, teacher)
     tutor = tutor_of(model, teachers, taught)
     if teachers and isinstance(task, TextClassification):
-        train = with_teachers(train, teachers, task, progress)
+        train = with_teachers(train, read_by(model, teachers, train, teacher_rows), teachers, task, progress)
     if reinitialise and not (workspace and checkpoints(workspace)):
         draw_blocks(model.network, reinitialise, seed, model.pruned)
     companions: list[Companion] = [

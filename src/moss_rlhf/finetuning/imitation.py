@@ -13,7 +13,7 @@ relations       KL(softmax(T Tᵀ / √d) ‖ softmax(S Sᵀ / √d')) of querie
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -78,17 +78,20 @@ def relation_heads(widths: Sequence[int], most: int) -> int:
 
 
 class Tutor:
-    """A teacher that is asked at every step, once a batch whoever asks."""
+    """A teacher that is asked at every step, once a batch whoever asks.
 
-    def __init__(self, network: Any) -> None:
-        self.network, self.anatomy = network, anatomy_of(network)
+    ask   calls the network where it is not called with the student's token ids.
+    """
+
+    def __init__(self, network: Any, ask: Callable[..., Any] | None = None) -> None:
+        self.network, self.anatomy, self._ask = network, anatomy_of(network), ask or network
         self._asked: Tensor | None = None
         self._outputs: Any = None
 
     @torch.no_grad()
     def __call__(self, **given: Any) -> Any:
         if given["input_ids"] is not self._asked:
-            self._asked, self._outputs = given["input_ids"], self.network(**given)
+            self._asked, self._outputs = given["input_ids"], self._ask(**given)
         return self._outputs
 
     @contextmanager

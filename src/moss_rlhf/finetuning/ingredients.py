@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from moss_rlhf.errors import ModelError, RecipeError
+from moss_rlhf.errors import DataError, ModelError, RecipeError
 from moss_rlhf.finetuning.companions import Companion
 from moss_rlhf.finetuning.compiling import Compile
-from moss_rlhf.finetuning.distillation import Teaching
+from moss_rlhf.finetuning.distillation import LargerTeacher, Teaching
 from moss_rlhf.finetuning.imitation import Imitation, Tutor
 from moss_rlhf.finetuning.layers import LayerGroup
 from moss_rlhf.finetuning.losses import LabelLoss, label_loss
@@ -26,8 +27,10 @@ from moss_rlhf.finetuning.timetable import Timetable
 from moss_rlhf.finetuning.trainer import Plateau
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.runtime import TorchRuntime
+from moss_rlhf.model.vocabulary import ids_in
 from moss_rlhf.progress import Progress
 from moss_rlhf.tasks import TASKS, Task, TextClassification
+from moss_rlhf.tasks.loading import encoded
 from moss_rlhf.tasks.probabilities import log_mean_probability
 
 # --- the teacher ---------------------------------------------------------------------------------------------------
@@ -41,10 +44,10 @@ def check_teacher(model: Model, teacher: Model) -> None:
             f"finetune: the teacher's labels are {', '.join(teacher.labels)}, the model's {', '.join(model.labels)}. "
             "Give a teacher of the same labels in the same order."
         )
-    if teacher.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+    if model.tokenizer.get_vocab().keys() - teacher.tokenizer.get_vocab().keys():
         raise ModelError(
             "finetune: the teacher's tokenizer has another vocabulary, so it would read other words than the model. "
-            "Give a teacher with the same tokenizer."
+            "Give a teacher with the same tokenizer, or one that the model's was cut from."
         )
 
 
@@ -58,13 +61,54 @@ def teachers_of(model: Model, teacher: Model | Sequence[Model] | None) -> tuple[
     return teachers
 
 
-def with_teachers(train: Any, teachers: Sequence[Model], task: TextClassification, progress: Progress) -> Any:
+def ids_of_teacher(model: Model, teacher: Model) -> NDArray[np.int64] | None:
+    """The teacher's id of every row of the model's table, (rows,), -1 of one without token; None if they are alike."""
+    larger, smaller = teacher.tokenizer.get_vocab(), model.tokenizer.get_vocab()
+    if larger == smaller:
+        return None
+    ids, rows = ids_in(smaller, larger), model.network.get_input_embeddings().num_embeddings
+    return np.pad(ids, (0, rows - len(ids)), constant_values=-1)
+
+
+def read_by(model: Model, teachers: Sequence[Model], train: Any, teacher_rows: Any) -> list[Any]:
+    """The training rows as each teacher reads them: as given, else the model's tokens by the teacher's numbers.
+
+    raises   DataError where they are not as many as the model's.
+    """
+    several = isinstance(teacher_rows, list | tuple) and bool(teacher_rows) and hasattr(teacher_rows[0], "column_names")
+    given = list(teacher_rows) if several else [teacher_rows] * len(teachers)
+    if len(given) != len(teachers):
+        raise DataError(f"finetune: teacher_rows of {len(given)} teachers, and {len(teachers)} teach; give as many.")
+    return [
+        _renumbered(model, teacher, train) if rows is None else _as_many(encoded(teacher, rows), train)
+        for teacher, rows in zip(teachers, given, strict=True)
+    ]
+
+
+def _renumbered(model: Model, teacher: Model, train: Any) -> Any:
+    ids = ids_of_teacher(model, teacher)
+    return train if ids is None else train.map(lambda row: {"input_ids": ids[row["input_ids"]].tolist()})
+
+
+def _as_many(rows: Any, train: Any) -> Any:
+    if len(rows) != len(train):
+        raise DataError(f"finetune: teacher_rows are {len(rows)} rows, train {len(train)}; give the same.")
+    return rows
+
+
+def with_teachers(
+    train: Any, read: Sequence[Any], teachers: Sequence[Model], task: TextClassification, progress: Progress
+) -> Any:
     """The rows with the teacher's logits as a column: one forward pass serves every epoch.
 
+    read   the same rows as each teacher reads them.
     Of several teachers, the logarithm of their mean probability.
     """
     progress.say("  asking the teacher" + "s" * (len(teachers) > 1))
-    every = [task.predict(TorchRuntime(teacher.network), train, teacher.tokenizer) for teacher in teachers]
+    every = [
+        task.predict(TorchRuntime(teacher.network), rows, teacher.tokenizer)
+        for teacher, rows in zip(teachers, read, strict=True)
+    ]
     logits = every[0] if len(every) == 1 else log_mean_probability(np.stack(every)).astype(np.float32)
     return train.add_column("teacher_logits", [row.tolist() for row in logits])
 
@@ -79,7 +123,10 @@ def tutor_of(model: Model, teachers: Sequence[Model], options: Distillation) -> 
     if len(teachers) > 1:
         raise ModelError("finetune.distill: hidden and attention learn from one teacher. Give one, or leave them out.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Tutor(teachers[0].network.to(device).eval())
+    network, ids = teachers[0].network.to(device).eval(), ids_of_teacher(model, teachers[0])
+    if ids is None:
+        return Tutor(network)
+    return Tutor(network, LargerTeacher(network, torch.from_numpy(ids).to(device), not TASKS[model.task].has_classes))
 
 
 def teaching_of(task: Task, teachers: Sequence[Model], tutor: Tutor | None, options: Distillation) -> Teaching | None:

@@ -2,7 +2,14 @@
 
 from moss_rlhf.recipe.augment import RATES, AugmentSpec, BackTranslationSpec, MaskedLMSpec
 from moss_rlhf.recipe.clean import CleanSpec
-from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
+from moss_rlhf.recipe.compression import (
+    NarrowSpec,
+    PruneSpec,
+    QuantizeSpec,
+    SensitivitySpec,
+    ShortenSpec,
+    TrimVocabularySpec,
+)
 from moss_rlhf.recipe.data import DataSpec, SplitLayout
 from moss_rlhf.recipe.ensemble import EnsembleSpec
 from moss_rlhf.recipe.finetuning import (
@@ -62,6 +69,7 @@ __all__ = [
     "SensitivitySpec",
     "ShortenSpec",
     "SplitLayout",
+    "TrimVocabularySpec",
     "apply_override",
     "make_recipe",
     "parse_yaml",

@@ -135,6 +135,20 @@ def combination_fault(scheme: str, method: str, smooth: float, activation_order:
     return next((fault for fault, holds in faults.items() if holds), None)
 
 
+class TrimVocabularySpec(Spec):
+    """Keep the tokens that the texts of train and validation need."""
+
+    corpora: list[str] = Field(
+        default_factory=list, description="further text files, a text a line, whose tokens are kept; also .gz"
+    )
+    minimum_count: Positive = Field(
+        1, description="tokens seen fewer times go; their texts are spelled in smaller ones"
+    )
+    keep: list[str] = Field(default_factory=list, description="words or texts that must encode as before")
+    characters: Literal["all", "seen"] = Field("all", description="which one-character tokens stay")
+    multiple_of: Positive = Field(8, description="the number of tokens is rounded up to this")
+
+
 class SensitivitySpec(Spec):
     """Measure what each block and matrix would lose by each method; changes nothing."""
 

@@ -18,6 +18,9 @@ class SplitLayout(Spec):
     """One split with its own layout: where its rows are and how to read them."""
 
     file: str | None = Field(None, description="path of a csv, tsv, txt, json, jsonl or parquet file, also .gz")
+    files: dict[str, str] = Field(
+        default_factory=dict, description="a text file for each of the task's columns, whose lines belong together"
+    )
     hub: str | None = Field(None, description="data set id on the hub, or a local directory of one")
     split: str | None = Field(None, description="the split's name in the hub data set; default: this split's own")
     format: Literal["csv", "tsv", "txt", "json", "jsonl", "parquet"] | None = Field(
@@ -25,6 +28,9 @@ class SplitLayout(Spec):
     )
     header: bool | None = Field(None, description="whether the first line names the columns; default: found out")
     delimiter: str | None = Field(None, min_length=1, max_length=1, description="default: from the format")
+    documents: Literal["lines", "paragraphs", "file"] | None = Field(
+        None, description="how a txt file of texts alone is parted; default: paragraphs where it has blank lines"
+    )
     encoding: str = Field("utf-8", description="of text files, such as utf-8, gb18030, utf-16")
     columns: dict[str, ColumnReference] = Field(
         default_factory=dict, description="the task's columns: a name or a position from 0; a list is joined"
@@ -33,8 +39,8 @@ class SplitLayout(Spec):
 
     @model_validator(mode="after")
     def _one_source(self) -> SplitLayout:
-        if (self.file is None) == (self.hub is None):
-            raise PydanticCustomError("one_source", "give either 'file' or 'hub', not both and not neither")
+        if sum((self.file is not None, self.hub is not None, bool(self.files))) != 1:
+            raise PydanticCustomError("one_source", "give one of 'file', 'files' and 'hub', not several and not none")
         return self
 
 
@@ -43,7 +49,7 @@ class DataSpec(Spec):
 
     train: str | SplitLayout
     validation: Annotated[float, Field(gt=0, lt=1)] | str | SplitLayout = Field(
-        0.1, description="a file, or the share held out of train (stratified, seeded)"
+        0.1, description="a file, or the share held out of train (seeded; stratified by label)"
     )
     test: str | SplitLayout | None = None
     columns: dict[str, ColumnReference] = Field(default_factory=dict, description="for splits without their own")

@@ -35,13 +35,13 @@ class EvaluateSpec(Spec):
 class Recipe(Spec):
     """Everything that a run does. Two equal recipes on one machine give the same bits."""
 
-    task: Literal["text-classification"]
+    task: Literal["text-classification", "text-generation", "translation"]
     model: str = Field(description="hub id or local directory")
     data: DataSpec
     stages: list[Stage] = Field(min_length=1, json_schema_extra=allow_short_forms)
     search: SearchSpec | None = Field(None, description="find the best values of some fields on validation first")
     evaluate: EvaluateSpec = EvaluateSpec()
-    export: list[Literal["onnx", "compressed-tensors"]] = Field(default_factory=list)
+    export: list[Literal["onnx", "ctranslate2", "compressed-tensors"]] = Field(default_factory=list)
     trust_remote_code: bool = Field(
         False, description="run code that the checkpoint brings along; off unless you set it"
     )
@@ -86,7 +86,7 @@ def _same_grid(trained: QuantizationAwareSpec, spec: QuantizeSpec) -> bool:
     return spec.scheme != "int4"
 
 
-COMPRESSING = frozenset({"narrow", "shorten", "prune", "quantize"})
+COMPRESSING = frozenset({"narrow", "shorten", "prune", "trim_vocabulary", "quantize"})
 
 
 def stages_before_compression(recipe: Recipe) -> int:
@@ -101,7 +101,8 @@ def settle_distillation(recipe: Recipe, source_is_trained: bool) -> Recipe:
     source_is_trained   whether the recipe's model serves the task as it is.
     """
     parent = stages_before_compression(recipe)
-    trained = source_is_trained or any(stage_kind(stage) == "finetune" for stage in recipe.stages[:parent])
+    before = {stage_kind(stage) for stage in recipe.stages[:parent]}
+    trained = source_is_trained or bool(before & {"finetune", "ensemble"})
 
     def settled(index: int, stage: Stage) -> Stage:
         if not isinstance(stage, FinetuneStage) or stage.finetune.distill != "auto":

@@ -9,7 +9,14 @@ from pydantic import BeforeValidator, Discriminator, Tag
 from pydantic_core import PydanticCustomError
 
 from moss_rlhf.errors import nearest
-from moss_rlhf.recipe.compression import NarrowSpec, PruneSpec, QuantizeSpec, SensitivitySpec, ShortenSpec
+from moss_rlhf.recipe.compression import (
+    NarrowSpec,
+    PruneSpec,
+    QuantizeSpec,
+    SensitivitySpec,
+    ShortenSpec,
+    TrimVocabularySpec,
+)
 from moss_rlhf.recipe.ensemble import EnsembleSpec
 from moss_rlhf.recipe.finetuning import FinetuneSpec
 from moss_rlhf.recipe.pretraining import PretrainSpec
@@ -44,6 +51,10 @@ class QuantizeStage(Spec):
     quantize: QuantizeSpec
 
 
+class TrimVocabularyStage(Spec):
+    trim_vocabulary: TrimVocabularySpec
+
+
 class SensitivityStage(Spec):
     sensitivity: SensitivitySpec
 
@@ -55,6 +66,7 @@ STAGE_KINDS: Mapping[str, type[Spec]] = {
     "narrow": NarrowStage,
     "shorten": ShortenStage,
     "prune": PruneStage,
+    "trim_vocabulary": TrimVocabularyStage,
     "quantize": QuantizeStage,
     "sensitivity": SensitivityStage,
 }
@@ -85,6 +97,7 @@ Stage = Annotated[
     | Annotated[NarrowStage, Tag("narrow")]
     | Annotated[ShortenStage, Tag("shorten")]
     | Annotated[PruneStage, Tag("prune")]
+    | Annotated[TrimVocabularyStage, Tag("trim_vocabulary")]
     | Annotated[QuantizeStage, Tag("quantize")]
     | Annotated[SensitivityStage, Tag("sensitivity")],
     Discriminator(_tag),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moss_rlhf.errors import DataError
+from moss_rlhf.model.runtime import Runtime, TranslatorRuntime
 from moss_rlhf.tasks.batching import by_length, chunks
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def at_targets(logits: Tensor, labels: Tensor) -> Tensor:
     return logits[labels != IGNORED]
 
 
-def token_scores(task: Any, network: Any, encoded: Any, tokenizer: Any) -> NDArray[np.float64]:
+def token_scores(task: Any, scorer: Scorer, encoded: Any, tokenizer: Any) -> NDArray[np.float64]:
     """(rows, 3): of each row Σ −log p of its target tokens, how many there are, and how many were the likeliest.
 
     Logits are never kept: one batch of them at a time. Computed in batches of similar lengths, returned in row order.
@@ -45,17 +46,48 @@ def token_scores(task: Any, network: Any, encoded: Any, tokenizer: Any) -> NDArr
     if not len(encoded):
         raise DataError(f"{task.name}: there are no rows to measure on; give at least one with a text.")
 
-    device = next(network.parameters()).device
     order, parts = by_length(encoded["length"]), []
-    network.eval()
     with torch.inference_mode():
         for positions in chunks(order, min(_ROWS_AT_ONCE, max(1, _TOKENS_AT_ONCE // max(encoded["length"])))):
-            batch = task.collate([encoded[position] for position in positions], tokenizer)
-            batch = {name: value.to(device) for name, value in batch.items()}
-            logits = network(**task.inputs(network, batch), use_cache=False).logits
-            parts.append(_row_scores(*task.aligned(logits, batch["labels"])))
+            parts.append(scorer(task.collate([encoded[position] for position in positions], tokenizer)))
     scores: NDArray[np.float64] = np.concatenate(parts)[np.argsort(order)]
     return scores
+
+
+Scorer = Callable[[Mapping[str, Any]], NDArray[np.float64]]
+"""Scores a batch as a task collates it: (rows, 3)."""
+
+
+def network_scorer(task: Any, network: Any) -> Scorer:
+    """By a network in PyTorch, where it is, in evaluation mode."""
+    device = next(network.parameters()).device
+    network.eval()
+
+    def score(batch: Mapping[str, Tensor]) -> NDArray[np.float64]:
+        there = {name: value.to(device) for name, value in batch.items()}
+        logits = network(**task.inputs(network, there), use_cache=False).logits
+        return _row_scores(*task.aligned(logits, there["labels"]))
+
+    return score
+
+
+def runtime_scorer(task: Any, runtime: Runtime) -> Scorer:
+    """By a runtime file. One that translates tells no likeliest tokens: the third column is 0 then."""
+    import torch
+
+    def score(batch: Mapping[str, Tensor]) -> NDArray[np.float64]:
+        answered = torch.from_numpy(runtime.run({name: value.numpy() for name, value in batch.items()}))
+        if isinstance(runtime, TranslatorRuntime):
+            return _scores_of_targets(answered, batch["labels"])
+        return _row_scores(*task.aligned(answered, batch["labels"]))
+
+    return score
+
+
+def _scores_of_targets(log_probabilities: Tensor, labels: Tensor) -> NDArray[np.float64]:
+    inside = labels != IGNORED
+    sums = -log_probabilities.double().masked_fill(~inside, 0).sum(dim=1), inside.sum(dim=1)
+    return np.column_stack([*(part.double().numpy() for part in sums), np.zeros(len(labels))])
 
 
 def _row_scores(logits: Tensor, labels: Tensor) -> NDArray[np.float64]:

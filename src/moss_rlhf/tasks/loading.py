@@ -10,9 +10,7 @@ from moss_rlhf.errors import DataError, ModelError
 from moss_rlhf.model.checkpoint import Model, load_checkpoint, load_pretrained
 from moss_rlhf.model.config import KEY, read_config, refuse_foreign_grid, trained_labels
 from moss_rlhf.model.locate import locate
-from moss_rlhf.tasks import TASKS, TextClassification
-
-_LANGUAGE_ROW = 1024  # tokens: some models have positions for a hundred times as many, and memory for none
+from moss_rlhf.tasks import TASKS, TextClassification, usual_task
 
 
 def load(
@@ -22,7 +20,8 @@ def load(
 
     path     a directory or a hub id.
     labels   names in class-id order, to start from a pretrained model whose head is yet to be trained.
-    task     its name; text classification unless the checkpoint or this says otherwise.
+    task     its name; else what the checkpoint says, or what its family serves: classification with an encoder,
+             generation with a decoder, translation with an encoder-decoder.
     offload  leave the weights on disk, so that a checkpoint larger than memory can be pruned, quantized and saved, a
              block at a time. Its head must be a trained one.
     raises   ModelError where it is missing or broken.
@@ -30,7 +29,7 @@ def load(
     place = locate(str(path))
     config = read_config(place)
     refuse_foreign_grid(config, place)
-    name = task or config.get(KEY, {}).get("task", TextClassification.name)
+    name = task or config.get(KEY, {}).get("task") or usual_task(config)
     auto_class = TASKS[name].auto_class()
     if offload:
         model = load_checkpoint(place, auto_class, offload=True)
@@ -60,7 +59,7 @@ def encoded(model: Model, rows: Any, max_length: int | None = None) -> Any:
     if not isinstance(rows, Sequence) and "input_ids" in rows.column_names:
         return rows
     task = TASKS[model.task]
-    usual = model.max_length if task.has_classes else min(model.max_length, _LANGUAGE_ROW)
+    usual = task.longest("auto", model.max_length)
     if model.cut is not None and isinstance(task, TextClassification):
         length = max_length or min(model.cut.max_length, model.max_length)
         return task.encode(_dataset(model, rows), model.tokenizer, length, keep=model.cut.keep)

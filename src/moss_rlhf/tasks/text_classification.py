@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,10 @@ _TOKENIZED_AT_ONCE = 1000
 
 
 class TextClassification:
-    """What the other rooms ask of the task."""
+    """What the other rooms ask of the task.
+
+    families   the kind of network that serves it: encoder, decoder, encoder-decoder.
+    """
 
     name = "text-classification"
     columns = (Column("text", "text"), Column("label", "label"))
@@ -35,6 +38,8 @@ class TextClassification:
     }
     lower_is_better: frozenset[str] = frozenset(probability_metrics)
     has_classes = True
+    families = "encoder"
+    cuts = True  # whether what is longer than max_length is lost
 
     def auto_class(self) -> Any:
         """The transformers class whose head fits."""
@@ -99,6 +104,10 @@ class TextClassification:
         texts = rows.select(np.sort(order))["text"][:]
         encoded = tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False)
         return np.array([len(ids) for ids in encoded["input_ids"]], dtype=np.int64)
+
+    def longest(self, wanted: int | Literal["auto"], limit: int) -> int:
+        """The most tokens of a row, where the model has positions for `limit`."""
+        return limit
 
     def padding(self, tokenizer: Any) -> dict[str, int]:
         """What pads each column of token ids, in a batch for any of the runtimes."""

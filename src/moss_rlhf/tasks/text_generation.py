@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moss_rlhf.data import Column
+from moss_rlhf.model.runtime import Runtime
 from moss_rlhf.tasks.batching import pad
 from moss_rlhf.tasks.language import (
     IGNORED,
@@ -16,12 +17,15 @@ from moss_rlhf.tasks.language import (
     at_targets,
     encode_rows,
     mean_scores,
+    network_scorer,
     perplexity,
+    runtime_scorer,
     sampled_lengths,
     token_accuracy,
     token_loss,
     token_scores,
 )
+from moss_rlhf.tasks.lengths import longest_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,6 +44,8 @@ class TextGeneration:
     metrics = {"perplexity": perplexity, "token_accuracy": token_accuracy}  # noqa: RUF012  # never changed
     lower_is_better = frozenset({"perplexity"})
     has_classes = False
+    families = "decoder"
+    cuts = False  # whether what is longer than max_length is lost
 
     def auto_class(self) -> Any:
         """The transformers class whose head fits."""
@@ -68,6 +74,10 @@ class TextGeneration:
     def lengths(self, rows: Dataset, tokenizer: Any, most: int, seed: int) -> NDArray[np.int64]:
         """Tokens of each text, uncut; of a seeded sample of `most` rows."""
         return sampled_lengths(rows, "text", tokenizer, most, seed)
+
+    def longest(self, wanted: int | Literal["auto"], limit: int) -> int:
+        """The most tokens of a row, where the model has positions for `limit`."""
+        return longest_row(wanted, limit)
 
     def padding(self, tokenizer: Any) -> dict[str, int]:
         """What pads each column of token ids, in a batch for any of the runtimes."""
@@ -117,7 +127,11 @@ class TextGeneration:
 
     def scores(self, network: Any, encoded: Dataset, tokenizer: Any) -> NDArray[np.float64]:
         """(rows, 3) row scores, of which `metrics` are functions."""
-        return token_scores(self, network, encoded, tokenizer)
+        return token_scores(self, network_scorer(self, network), encoded, tokenizer)
+
+    def runtime_scores(self, runtime: Runtime, encoded: Dataset, tokenizer: Any) -> NDArray[np.float64]:
+        """The same by a runtime file; a translator's third column is 0, for it tells no likeliest tokens."""
+        return token_scores(self, runtime_scorer(self, runtime), encoded, tokenizer)
 
     def measure(self, network: Any, encoded: Dataset, tokenizer: Any) -> dict[str, float]:
         """Mean loss and metrics of encoded rows."""

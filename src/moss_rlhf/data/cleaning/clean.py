@@ -25,7 +25,7 @@ from moss_rlhf.data.cleaning.texts import (
     length_outliers,
     texts_with_markup,
 )
-from moss_rlhf.data.layout import Column
+from moss_rlhf.data.columns import Column
 from moss_rlhf.data.splits import Splits
 from moss_rlhf.errors import DataError, MachineError, RecipeError
 from moss_rlhf.files import digest
