@@ -41,8 +41,8 @@ def test_trials_stand_by_value_and_those_without_one_last(facts):
 def test_the_winner_in_words(facts):
     assert search.winner_in_words(facts) == (
         "Trial 1 won with accuracy 0.874 on validation; the best of many is partly luck. Trained again with 3 other "
-        "seeds it reaches 0.860 on average (0.850, 0.860, 0.870); with 95 % confidence the true mean lies between 0.835 "
-        "and 0.885."
+        "seeds it reaches 0.860 on average (0.850, 0.860, 0.870); with 95 % confidence the true mean lies between "
+        "0.835 and 0.885."
     )
     facts["winner"] = {"seeds": 1, "values": [0.85], "mean": 0.85, "low": None, "high": None}
     assert search.winner_in_words(facts).endswith(
