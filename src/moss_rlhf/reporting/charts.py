@@ -216,7 +216,7 @@ def setting_chart(
     _add_trials(figure, settings, values, numbers, wording.name_in_words(metric))
     words = any(isinstance(each, str) for each in settings)
     spans = not words and len(settings) > 0 and min(settings) > 0 and max(settings) >= _DECADES * min(settings)
-    figure.update_xaxes(type="category" if words else "log" if spans else "linear")
+    figure.update_xaxes(type="category" if words else "log" if spans else "linear", exponentformat="power")
     return _html(figure, f"chart-search-{index}", height=300)
 
 
