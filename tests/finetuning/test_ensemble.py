@@ -7,7 +7,7 @@ import torch
 from moss_rlhf.errors import DataError, ModelError, RecipeError
 from moss_rlhf.finetuning import ensemble, finetune
 from moss_rlhf.finetuning.ensemble import stratified_folds
-from moss_rlhf.finetuning.finetune import _with_teacher
+from moss_rlhf.finetuning.ingredients import with_teachers
 from moss_rlhf.model.checkpoint import load_checkpoint
 from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.progress import Progress
@@ -77,10 +77,12 @@ def _logits(model, rows):
 
 def test_several_teachers_are_one_with_the_logarithm_of_their_mean_probability(tiny_model, rows):
     teachers, given = [tiny_model(blocks=1), tiny_model(blocks=2)], encoded(tiny_model(), rows[:9])
-    taught = np.array(_with_teacher(given, teachers, TASK, Progress(quiet=True))["teacher_logits"])
+    taught = np.array(
+        with_teachers(given, [given] * len(teachers), teachers, TASK, Progress(quiet=True))["teacher_logits"]
+    )
     each = [torch.tensor(_logits(teacher, given)).double().softmax(1).numpy() for teacher in teachers]
     np.testing.assert_allclose(np.exp(taught), np.mean(each, axis=0), atol=1e-6)
-    alone = np.array(_with_teacher(given, teachers[:1], TASK, Progress(quiet=True))["teacher_logits"])
+    alone = np.array(with_teachers(given, [given], teachers[:1], TASK, Progress(quiet=True))["teacher_logits"])
     np.testing.assert_array_equal(alone.astype(np.float32), _logits(teachers[0], given))
 
 
