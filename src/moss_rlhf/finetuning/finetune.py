@@ -31,6 +31,7 @@ from moss_rlhf.finetuning.ingredients import (
     with_teachers,
 )
 from moss_rlhf.finetuning.layers import layer_groups
+from moss_rlhf.finetuning.mixing import MixedObjective, refuse_mixing_with
 from moss_rlhf.finetuning.objective import Objective
 from moss_rlhf.finetuning.options import (
     Adapter,
@@ -92,6 +93,7 @@ def finetune(
     l2_start: float = 0.0,
     l1: float = 0.0,
     loss: Loss | Mapping[str, Any] | None = None,
+    mixup: float = 0.0,
     movement: Movement | Mapping[str, Any] | None = None,
     quantization_aware: QuantizationAware | Mapping[str, Any] | None = None,
     max_gradient_norm: float = 1.0,
@@ -131,6 +133,7 @@ def finetune(
     weight_decay        of matrices and tables, as the optimizer has it: decoupled in adamw and adafactor.
     l2, l2_start, l1    strengths of the penalties of `regularisers.py`.
     loss                what is asked of the labels, such as {"label_smoothing": 0.1}; None: the task's own loss.
+    mixup               of classification: rows of a batch, and their labels, are mixed; α of the Beta distribution.
     movement            prune while training, such as {"sparsity": 0.5}; the zeros are the model's when it is done.
     quantization_aware  compute with rounded weights, such as {"scheme": "int8"}; they lie on the grid when it is done.
     batch_tokens        instead of `batch_size` rows, as many as fill this many tokens with padding.
@@ -176,6 +179,9 @@ def finetune(
             "finetune.adapter: the weights below adapters stand still, so movement, quantization_aware, l1, l2_start, "
             "reinitialise and phases have nothing to work on. Leave them out, or adapter."
         )
+    if mixup:
+        others = {"teacher's answer": teacher is not None, "loss": loss is not None, "compiled block": compile != "off"}
+        refuse_mixing_with(others)
     task = TASKS[model.task]
     train, validation = _rows(model, train, "train"), _rows(model, validation, "validation")
     stopping, progress = option(EarlyStopping, early_stopping, "early_stopping"), progress or Progress(quiet=True)
@@ -231,11 +237,13 @@ def finetune(
             obstacle=obstacle_to_cache(companions, packing, compile),
             progress=progress,
         )
+        plain = Objective(task, teaching_of(task, teachers, tutor, taught), labelled)
+        objective = MixedObjective(model, mixup, seed) if mixup else plain
         still = Still(model.network, names, timetable)
         plan = Plan(
             groups=groups,
             timetable=timetable,
-            objective=Objective(task, teaching_of(task, teachers, tutor, taught), labelled),
+            objective=objective,
             companions=Companions([still, *([caching] if caching else []), *companions]),
             optimizer=option(Optimizer, named(optimizer), "optimizer") or Optimizer(),
             weight_decay=weight_decay,

@@ -71,6 +71,7 @@ class MovementPruning(Companion):
     """Scores for every matrix of the blocks, and the masks that follow from them at each step."""
 
     name = "movement"
+    alters_forward = True
 
     def __init__(self, model: Model, options: Movement, steps: int) -> None:
         self.model, self.options = model, options

@@ -52,6 +52,7 @@ class Rounding(Companion):
     """Every module that holds a weight of the scheme computes with it rounded."""
 
     name = "quantization_aware"
+    alters_forward = True
 
     def __init__(self, network: Any, options: QuantizationAware) -> None:
         self.network, self.options = network, options

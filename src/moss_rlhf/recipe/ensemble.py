@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from moss_rlhf.recipe.finetuning import FinetuneSpec
+from moss_rlhf.recipe.finetuning import DistillSpec, FinetuneSpec
 from moss_rlhf.recipe.spec import Spec
 
 
@@ -31,8 +31,10 @@ class EnsembleSpec(Spec):
 
     @model_validator(mode="after")
     def _members_have_no_teacher(self) -> EnsembleSpec:
-        if self.finetune.distill is not None:
+        if isinstance(self.finetune.distill, DistillSpec):
             raise PydanticCustomError(
                 "nothing", "the members are the teachers; leave finetune.distill out, and say how in ensemble.distill"
             )
+        alone = self.finetune.model_copy(update={"distill": None})
+        self.__dict__["finetune"] = alone  # frozen for everyone else: auto finds no teacher but the members
         return self

@@ -223,6 +223,7 @@ class FinetuneSpec(Spec):
     l1: Strength = Field(0.0, description="λ Σ |w|: weights of the blocks become exactly zero, and stay")
     movement: MovementSpec | None = Field(None, description="prune while training")
     quantization_aware: QuantizationAwareSpec | None = Field(None, description="round weights while they learn")
+    mixup: Strength = Field(0.0, description="α; rows of a batch and their labels are mixed; classification")
     loss: LossSpec | None = Field(None, description="default: the task's own, cross-entropy")
     max_gradient_norm: float = Field(1.0, gt=0)
     layer_decay: float = Field(1.0, gt=0, le=1, description="each layer's rate is that of the next above × this")
@@ -301,6 +302,12 @@ class FinetuneSpec(Spec):
             raise PydanticCustomError(
                 "phases", "layers: by_damage and layer_decay both set the rates of layers; give one of them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _mixes_alone(self) -> FinetuneSpec:
+        if self.mixup and (self.loss or self.compile != "off" or isinstance(self.distill, DistillSpec)):
+            raise PydanticCustomError("nothing", "mixup goes with no loss, distill or compile; leave them out")
         return self
 
     @model_validator(mode="after")
