@@ -102,8 +102,8 @@ def _trim_vocabulary(spec: TrimVocabularySpec, model: Model, context: StageConte
 def _finetune(spec: FinetuneSpec, model: Model, context: StageContext) -> Outcome:
     teacher = context.teacher(spec.distill.teacher) if isinstance(spec.distill, DistillSpec) else None
     fields = {name: _plain(getattr(spec, name)) for name in type(spec).model_fields}
-    if teacher:
-        fields["distill"] = {name: value for name, value in fields["distill"].items() if name != "teacher"}
+    asked = fields["distill"] if teacher else {}  # not yet settled, auto finds no teacher
+    fields["distill"] = {name: value for name, value in asked.items() if name != "teacher"} or None
     training = finetune(
         model,
         context.train,
@@ -115,8 +115,8 @@ def _finetune(spec: FinetuneSpec, model: Model, context: StageContext) -> Outcom
         workspace=context.work,
         progress=context.progress,
     )
-    asked = _teaching_flops(spec, teacher, context.train, training.facts["steps"]) if teacher else 0.0
-    return Outcome(training.facts, training.flops + asked, training.history)
+    taught = _teaching_flops(spec, teacher, context.train, training.facts["steps"]) if teacher else 0.0
+    return Outcome(training.facts, training.flops + taught, training.history)
 
 
 def _read_by(teacher: Model, model: Model, context: StageContext) -> Any:

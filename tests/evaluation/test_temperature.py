@@ -1,5 +1,6 @@
 """A temperature goes with the network it was fitted on: through files, exports and answers."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -47,9 +48,7 @@ def test_predictions_are_scaled_and_answers_stay(fitted, rows, tmp_path):
     for place in ("model", "onnx"):
         predictor = Predictor.open(tmp_path / place)
         scaled = list(predictor.predict(texts))
-        plain = list(
-            Predictor(predictor.runtime, predictor.tokenizer, predictor.padding, predictor.labels).predict(texts)
-        )
+        plain = list(dataclasses.replace(predictor, temperature=1.0).predict(texts))
         assert [answer.label for answer in scaled] == [answer.label for answer in plain]
         odds = [[np.log(a.probability / (1 - a.probability)) for a in answers] for answers in (scaled, plain)]
         np.testing.assert_allclose(np.array(odds[0]) * fitted.temperature.value, odds[1], rtol=1e-4)

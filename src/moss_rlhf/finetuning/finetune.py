@@ -274,7 +274,7 @@ def finetune(
                 seed=seed,
             ),
             collate=lambda rows: _collate(rows, model, task, packing),
-            train=train.add_column("row", range(len(train))),
+            train=_with_positions(train),
         )
         facts = compiled_by_time(trainer, compile, folder)
         facts |= run_plan(trainer, folder, save_every_seconds, progress)
@@ -302,6 +302,12 @@ def _averaging(options: Averaging | None, masked: bool) -> Averaging | None:
     if masked:
         raise RecipeError("finetune.average: the mean of different movement masks has fewer zeros. Leave one out.")
     return options
+
+
+def _with_positions(train: Any) -> Any:
+    """The rows with their positions; windows of long texts say in `row` which text they are of, which ends here."""
+    own = train.remove_columns("row") if "row" in train.column_names else train
+    return own.add_column("row", range(len(own)))
 
 
 @contextmanager
