@@ -1,0 +1,28 @@
+"""Everything that can be found wrong, or foretold, before any work: reads files, imports no torch."""
+
+from moss_rlhf.checking.forecasts import Forecast
+from moss_rlhf.checking.rows import (
+    check_augmentation,
+    check_folds,
+    check_labels,
+    check_rows,
+    operation_names,
+    trains_on_copies,
+)
+from moss_rlhf.checking.stages import check_output, check_stages
+from moss_rlhf.checking.whole import Check, check, settled
+
+__all__ = [
+    "Check",
+    "Forecast",
+    "check",
+    "check_augmentation",
+    "check_folds",
+    "check_labels",
+    "check_output",
+    "check_rows",
+    "check_stages",
+    "operation_names",
+    "settled",
+    "trains_on_copies",
+]

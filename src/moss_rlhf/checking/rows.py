@@ -1,0 +1,155 @@
+"""Whether what `data` asks of the rows can be done, and how long they are. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moss_rlhf.data.cleaning import check_packages
+from moss_rlhf.errors import DataError, ModelError, RecipeError, nearest
+from moss_rlhf.model.config import KEY, read_config, trained_labels
+from moss_rlhf.model.locate import locate
+from moss_rlhf.recipe import RATES, AugmentSpec, DistillSpec, EnsembleSpec, FinetuneSpec, Recipe, stage_spec
+from moss_rlhf.strategy.augmentation import check_masked_model, check_operations, check_translator, language_of
+from moss_rlhf.strategy.augmentation.words import Language
+from moss_rlhf.tasks import TASKS, TextClassification
+
+
+def check_rows(recipe: Recipe) -> None:
+    """Whether what `data` asks of the rows can be done: for this task, with these packages."""
+    check_packages(recipe.data.clean)
+    if recipe.data.truncation != "head" and not isinstance(TASKS[recipe.task], TextClassification):
+        raise RecipeError(
+            f"data.truncation: {recipe.data.truncation} is for text classification; {recipe.task} reads texts from "
+            "their head. Leave it out."
+        )
+    if not TASKS[recipe.task].has_classes and (field := _asks_for_labels(recipe)):
+        raise RecipeError(f"{field}: wants labelled rows, and those of {recipe.task} have none. Leave it out.")
+
+
+def _asks_for_labels(recipe: Recipe) -> str | None:
+    """The first field of `data` that says something of labels."""
+    clean = recipe.data.clean
+    found = {
+        "data.balance": recipe.data.balance != "none",
+        "data.clean.conflicts": clean is not None and clean.conflicts != "off",
+        "data.clean.label_errors": clean is not None and clean.label_errors != "off",
+        "data.clean.ablate": clean is not None and clean.ablate,
+    }
+    return next((field for field, asked in found.items() if asked), None)
+
+
+def left_for_later(recipe: Recipe) -> list[str]:
+    """What moss run does to the rows before the first stage, and a check has not counted."""
+    found = {
+        "data.clean has not been done yet: rows are those before it.": recipe.data.clean and recipe.data.clean.checks,
+        "data.balance has not been done yet: rows are those before it.": recipe.data.balance != "none",
+    }
+    return [sentence for sentence, holds in found.items() if holds]
+
+
+def check_labels(recipe: Recipe, config: dict[str, Any], labels: Sequence[str]) -> None:
+    """A checkpoint of ours serves the labels it was trained for, a teacher knows the same, and weights are for them."""
+    if not TASKS[recipe.task].has_classes:
+        return
+    for index, stage in enumerate(recipe.stages):
+        spec = stage_spec(stage)
+        if isinstance(spec, FinetuneSpec) and spec.loss and isinstance(spec.loss.class_weights, dict):
+            _check_weights(spec.loss.class_weights, labels, f"stages.{index}.finetune.loss.class_weights")
+        if (
+            isinstance(spec, FinetuneSpec)
+            and isinstance(spec.distill, DistillSpec)
+            and spec.distill.teacher != "parent"
+        ):
+            taught = trained_labels(read_config(locate(spec.distill.teacher)))
+            if taught is None or set(taught) != set(labels):
+                raise ModelError(
+                    f"stages.{index}.finetune.distill.teacher: {spec.distill.teacher} was trained for the labels "
+                    f"{', '.join(taught or ('(none)',))}; the data has {', '.join(labels)}. Give a teacher of the same."
+                )
+    known = trained_labels(config)
+    if KEY in config and known is not None and set(known) != set(labels):
+        raise ModelError(
+            f"model: {recipe.model} was trained for the labels {', '.join(known)}; the data has {', '.join(labels)}. "
+            "Give data with the same labels (data.labels renames them), or start from the pretrained model."
+        )
+
+
+def check_augmentation(recipe: Recipe, texts: Sequence[str]) -> Language | None:
+    """Whether the copies asked for can be made of such texts on this machine; returns the language, None without any.
+
+    raises   RecipeError, MachineError or ModelError on what the language, the machine or a model can't do; RecipeError
+             where the copies are for a teacher and no stage has one.
+    """
+    spec = recipe.data.augment
+    if spec is None:
+        return None
+    if spec.use == "distill" and not any(trains_on_copies(spec, stage_spec(stage)) for stage in recipe.stages):
+        raise RecipeError(
+            "data.augment.use: distill wants a stage with a teacher, and no finetune has distill. "
+            "Give one distill, or set use: always."
+        )
+    language = language_of(spec.language, texts)
+    check_operations(operation_names(spec), language, recipe.task)
+    if spec.masked_lm:
+        check_masked_model(spec.masked_lm.model)
+    if spec.back_translation:
+        check_translator(spec.back_translation.to, "to")
+        check_translator(spec.back_translation.back, "back")
+    return language
+
+
+def operation_names(spec: AugmentSpec) -> list[str]:
+    """The operations that a recipe asks for, by their fields."""
+    models = [name for name in ("masked_lm", "back_translation") if getattr(spec, name)]
+    return [*(name for name in RATES if getattr(spec, name)), *models]
+
+
+def trains_on_copies(augment: AugmentSpec | None, spec: object) -> bool:
+    """Whether a stage trains on the augmented copies: every fine-tuning, or only those with a teacher."""
+    if augment is None or not isinstance(spec, FinetuneSpec):
+        return False
+    return augment.use == "always" or isinstance(spec.distill, DistillSpec)
+
+
+def _check_weights(weights: Mapping[str, float], labels: Sequence[str], field: str) -> None:
+    for label in weights:
+        if label not in labels:
+            raise RecipeError(f"{field}: the data has no label {label!r}; {nearest(label, labels)}")
+
+
+def check_folds(recipe: Recipe, classes: Mapping[str, int]) -> None:
+    """Every class of train has a row for each fold of an ensemble. classes: {label: rows of train}."""
+    for index, stage in enumerate(recipe.stages):
+        spec = stage_spec(stage)
+        if not isinstance(spec, EnsembleSpec) or spec.by != "folds":
+            continue
+        for label, count in classes.items():
+            if 0 < count < spec.members:
+                raise DataError(
+                    f"stages.{index}.ensemble.members: {spec.members} folds, but train has only {count} of the "
+                    f"class {label!r}, and each fold needs one. Give {f'at most {count}, or ' * (count > 1)}by: seeds."
+                )
+
+
+def token_lengths(place: Path, rows: Sequence[Sequence[str]]) -> list[int]:
+    """Tokens of the longest text of each row."""
+    columns = [_text_lengths(place, column) for column in zip(*rows, strict=True)]
+    return [max(lengths) for lengths in zip(*columns, strict=True)]
+
+
+def _text_lengths(place: Path, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text, special ones included; by the fast tokenizer's file, else about four characters a token."""
+    file = place / "tokenizer.json"
+    if not file.exists():
+        return [max(3, len(text) // 4) for text in texts]
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower one
+        raise ModelError(f"model: {file} is broken ({error}). Fetch or save the checkpoint again.") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]

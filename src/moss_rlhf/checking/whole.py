@@ -1,0 +1,89 @@
+"""The whole check of a recipe, in the order in which a run would stumble. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from moss_rlhf.checking.forecasts import Forecast, cache_notes, foretell
+from moss_rlhf.checking.network import initial_state
+from moss_rlhf.checking.rows import (
+    check_augmentation,
+    check_folds,
+    check_labels,
+    check_rows,
+    left_for_later,
+    token_lengths,
+)
+from moss_rlhf.checking.stages import check_output, check_stages
+from moss_rlhf.data import DataCheck, check_data
+from moss_rlhf.model.config import position_limit, read_config, trained_labels
+from moss_rlhf.model.locate import locate
+from moss_rlhf.progress import Progress
+from moss_rlhf.recipe import Recipe, settle_distillation, stage_spec
+from moss_rlhf.tasks import TASKS
+from moss_rlhf.tasks.lengths import choose_max_length, length_facts, row_lengths
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found; `tokens` are the length facts of each split."""
+
+    data: DataCheck
+    tokens: dict[str, dict[str, float]]
+    parameters: int
+    stages: tuple[Forecast, ...]
+    notes: tuple[str, ...]
+
+
+def check(recipe: Recipe, progress: Progress | None = None) -> Check:
+    """Validate everything that a run would stumble over, and foretell its stages.
+
+    raises   UserError: the first fault found, in the order model, stages, output, data.
+    """
+    place = locate(recipe.model)
+    config = read_config(place)
+    asked, recipe = recipe, settled(recipe)
+    check_stages(recipe, place)
+    check_output(recipe, place)
+    check_rows(recipe)
+    task = TASKS[recipe.task]
+    known = trained_labels(config) if task.has_classes else None
+    data = check_data(
+        recipe.data, task.columns, seed=recipe.seed, known_labels=known, progress=progress or Progress(quiet=True)
+    )
+    check_labels(recipe, config, data.labels)
+    check_augmentation(recipe, [text for row in data.samples["train"] for text in row])
+    check_folds(recipe, data.facts["train"].get("classes", {}))
+    lengths = {split: token_lengths(place, texts) for split, texts in data.samples.items()}
+    limit = position_limit(config, float("inf"))
+    wanted = recipe.data.max_length
+    longest = choose_max_length(wanted, lengths["train"], task.longest(wanted, limit))
+    tokens = {split: length_facts(values, longest, task.cuts) for split, values in lengths.items()}
+    state = initial_state(place, config, recipe.task, len(data.labels))
+    pieces = {split: row_lengths(values, longest, task.cuts) for split, values in lengths.items()}
+    rows = {
+        split: round(facts["rows"] * len(pieces[split]) / len(lengths[split])) for split, facts in data.facts.items()
+    }
+    stages = tuple(foretell(recipe, state, config, rows, pieces["train"].tolist(), longest))
+    mean = float(np.mean(pieces["train"]))
+    notes = [
+        *cache_notes(recipe, state, config, rows["train"], mean),
+        *_decided(asked, recipe),
+        *left_for_later(recipe),
+    ]
+    return Check(data, tokens, state.parameters, stages, (*data.notes, *notes))
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with what depends on the model decided: whether `distill: auto` finds a parent that was trained."""
+    serves = not TASKS[recipe.task].has_classes or trained_labels(read_config(locate(recipe.model))) is not None
+    return settle_distillation(recipe, serves)
+
+
+def _decided(asked: Recipe, recipe: Recipe) -> Iterator[str]:
+    for index, (before, after) in enumerate(zip(asked.stages, recipe.stages, strict=True)):
+        if before != after and stage_spec(after).distill is not None:
+            yield f"stages.{index}.finetune learns from its parent (distill: auto; none turns it off)."
