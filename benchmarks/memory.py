@@ -24,13 +24,13 @@ import json, sys, time
 import torch
 from datasets import Dataset
 import moss_rlhf
-place, out, method = sys.argv[1:4]
+place, out, method, count = *sys.argv[1:4], int(sys.argv[4])
 torch.manual_seed(0)
 model = moss_rlhf.load(place, task="text-generation", offload=True)
-tokens = torch.randint(5, 31000, (64, 256)).tolist()
-rows = Dataset.from_dict({"input_ids": tokens, "length": [256] * 64})
+tokens = torch.randint(5, 31000, (count, 256)).tolist()
+rows = Dataset.from_dict({"input_ids": tokens, "length": [256] * count})
 started = time.monotonic()
-options = {"rows": 64, "seed": 0}
+options = {"rows": count, "seed": 0}
 if method == "gptq":
     moss_rlhf.quantize(model, rows, scheme="int4", method="gptq", **options)
 else:
@@ -78,9 +78,11 @@ def write_checkpoint(place: Path, layers: int) -> None:
     save_file(outside | {"model.norm.weight": torch.ones(hidden)}, place / "model-outside.safetensors")
 
 
-def measure(place: Path, out: Path, method: str) -> tuple[int, dict]:
+def measure(place: Path, out: Path, method: str, rows: int) -> tuple[int, dict]:
     """(peak RssAnon in bytes, what the child says)."""
-    child = subprocess.Popen([sys.executable, "-c", CHILD, place, out, method], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, place, out, method, str(rows)], stdout=subprocess.PIPE, text=True
+    )
     peak = [0]
 
     def watch() -> None:
@@ -104,6 +106,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt", "gptq"])
+    parser.add_argument("--rows", type=int, default=64, help="calibration rows of 256 tokens")
     options = parser.parse_args()
     place = options.work / f"llama-{options.layers}"
     if not place.exists():
@@ -112,7 +115,7 @@ def main() -> None:
     rows = []
     for method in options.methods:
         out = options.work / f"out-{method}"
-        peak, said = measure(place, out, method)
+        peak, said = measure(place, out, method, options.rows)
         for file in out.glob("*"):
             file.unlink()
         seconds = said["seconds"] / said["blocks"]
@@ -120,7 +123,10 @@ def main() -> None:
             (method, f"{peak / 1e9:.2f} GB, {peak / size:.2f} × checkpoint; {seconds:.1f} s a block", "≤ 0.40 ×")
         )
         print(rows[-1], flush=True)
-    keep("memory", table(f"Peak memory, a checkpoint of {size / 1e9:.2f} GB in float32", rows))
+    keep(
+        "memory",
+        table(f"Peak memory, a checkpoint of {size / 1e9:.2f} GB in float32, {options.rows} rows of 256 tokens", rows),
+    )
 
 
 if __name__ == "__main__":

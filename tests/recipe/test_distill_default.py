@@ -111,7 +111,10 @@ def test_specs_are_the_methods_arguments():
     from moss_rlhf.recipe import FinetuneSpec, PretrainSpec
     from moss_rlhf.recipe.finetuning import AdapterSpec
 
-    for spec, method, apart in ((FinetuneSpec, finetune, {"distill", "epochs", "report_to"}), (PretrainSpec, pretrain, {"texts"})):
+    for spec, method, apart in (
+        (FinetuneSpec, finetune, {"distill", "epochs", "report_to"}),
+        (PretrainSpec, pretrain, {"texts"}),
+    ):
         keywords = inspect.signature(method).parameters
         for name, field in spec.model_fields.items():
             assert name in keywords
