@@ -11,7 +11,6 @@ import argparse
 import csv
 import gzip
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -105,11 +104,8 @@ def _finetuned(data: dict, work: Path, rows: np.ndarray, name: str) -> float:
 def _finding(vectors: np.ndarray, data: dict) -> tuple[list, np.ndarray]:
     """Rows of the table on what is found, and which rows neighbours call wrong."""
     given, wrong = data["given"], data["given"] != data["true"]
-    started = time.perf_counter()
     probabilities = out_of_fold(vectors, given, folds=5, seed=0)
-    between = time.perf_counter()
     shares = neighbour_shares(vectors, given)
-    seconds = f"{between - started:.0f}; {time.perf_counter() - between:.0f}"
     errors = unsupported(shares, given, SUPPORT)
     ranked, ours = (_at_recall(1 - part[np.arange(len(wrong)), given], wrong, 0.6) for part in (probabilities, shares))
     contradicted = probabilities.argmax(axis=1) != given
@@ -120,7 +116,6 @@ def _finding(vectors: np.ndarray, data: dict) -> tuple[list, np.ndarray]:
         ("cleanlab's ranking (self-confidence), cut at recall 0.6", f"precision {ranked:.3f}", ""),
         _found("**neighbours, as `label_errors` does**", errors, wrong, "0.5 at 0.6"),
         ("neighbours' ranking, cut at recall 0.6", f"precision {ours:.3f}", "≥ cleanlab's"),
-        ("seconds: five logistic regressions; neighbours", seconds, ""),
     ], errors
 
 
