@@ -22,8 +22,7 @@ def test_float32_and_int8_answer_as_pytorch(family, tiny_model, tmp_path):
     model = tiny_model(family, **SIZES.get(family, {}))
     assert export_ctranslate2(model, tmp_path / "float", TEXTS)["difference_to_pytorch"] < 1e-4
     moss_rlhf.quantize(model)
-    # weights this small and random are the worst case: 0.1 with VNNI, 0.36 on a processor that has AVX2 alone
-    assert export_ctranslate2(model, tmp_path / "int8", TEXTS)["difference_to_pytorch"] < 0.4
+    assert export_ctranslate2(model, tmp_path / "int8", TEXTS)["difference_to_pytorch"] < 0.2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
