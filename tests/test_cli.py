@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -325,7 +326,8 @@ def test_predict_of_an_onnx_file_imports_no_torch(shipped):
 def test_control_c_ends_with_130_and_a_sentence(shipped):
     """A process that waits for more of its standard input is interrupted."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    process = subprocess.Popen([MOSS, "predict", str(shipped)], text=True, **pipes)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background is deaf to it
+    process = subprocess.Popen([MOSS, "predict", str(shipped)], text=True, preexec_fn=heard, **pipes)
     process.stdin.write("a film\n")
     process.stdin.flush()
     for _ in range(200):

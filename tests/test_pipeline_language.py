@@ -87,7 +87,9 @@ def test_what_is_measured_is_the_runtime_file(shipped):
         else:
             total -= answers.sum()
             count += len(row["labels"])
-    assert after["metrics"]["perplexity"]["value"] == pytest.approx(np.exp(total / count), rel=1e-4)
+    assert after["metrics"]["perplexity"]["value"] == pytest.approx(
+        np.exp(total / count), rel=1e-3
+    )  # int8 depends on company
     assert after["rows"] == len(ready)
 
 

@@ -26,7 +26,9 @@ class ActingProgress(Progress):
         self.act = act
 
     def bar(self, title: str, total: int | None) -> Bar:
-        return ActingBar(title, total, self.act) if title == "fine-tuning" else super().bar(title, total)
+        return (
+            ActingBar(title, total, self.act) if title in ("fine-tuning", "pretraining") else super().bar(title, total)
+        )
 
 
 @pytest.fixture(autouse=True)
