@@ -327,7 +327,7 @@ def test_control_c_ends_with_130_and_a_sentence(shipped):
     """A process that waits for more of its standard input is interrupted."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background is deaf to it
-    process = subprocess.Popen([MOSS, "predict", str(shipped)], text=True, preexec_fn=heard, **pipes)
+    process = subprocess.Popen([MOSS, "predict", str(shipped)], text=True, preexec_fn=heard, **pipes)  # noqa: PLW1509
     process.stdin.write("a film\n")
     process.stdin.flush()
     for _ in range(200):
