@@ -10,7 +10,16 @@ from moss_rlhf.data.cleaning import check_packages
 from moss_rlhf.errors import DataError, ModelError, RecipeError, nearest
 from moss_rlhf.model.config import KEY, read_config, trained_labels
 from moss_rlhf.model.locate import locate
-from moss_rlhf.recipe import RATES, AugmentSpec, DistillSpec, EnsembleSpec, FinetuneSpec, Recipe, stage_spec
+from moss_rlhf.recipe import (
+    RATES,
+    AugmentSpec,
+    DistillSpec,
+    EnsembleSpec,
+    FinetuneSpec,
+    Recipe,
+    TrimVocabularySpec,
+    stage_spec,
+)
 from moss_rlhf.strategy.augmentation import check_masked_model, check_operations, check_translator, language_of
 from moss_rlhf.strategy.augmentation.words import Language
 from moss_rlhf.tasks import TASKS, TextClassification
@@ -44,6 +53,9 @@ def left_for_later(recipe: Recipe) -> list[str]:
     """What moss run does to the rows before the first stage, and a check has not counted."""
     found = {
         "data.clean has not been done yet: rows are those before it.": recipe.data.clean and recipe.data.clean.checks,
+        "trim_vocabulary: which words go is known once the texts are counted; parameters are those before it.": any(
+            isinstance(stage_spec(stage), TrimVocabularySpec) for stage in recipe.stages
+        ),
         "data.balance has not been done yet: rows are those before it.": recipe.data.balance != "none",
     }
     return [sentence for sentence, holds in found.items() if holds]

@@ -29,7 +29,7 @@ def check_layer_map(spec: DistillSpec, depths: Sequence[int], parent: int, field
     if spec.teacher == "parent":
         deep = depths[parent]
     else:
-        config = read_config(locate(spec.teacher))
+        config = read_config(locate(spec.teacher, field.replace(".layers", ".teacher")))
         deep = layer_count(block_shapes(config), config)
     for pair in spec.layers:
         refuse_pair(pair, depths[-1], deep, field)
@@ -57,10 +57,10 @@ def check_teacher(recipe: Recipe, index: int, teacher: str, config: dict[str, An
 
 def _check_foreign_teacher(recipe: Recipe, teacher: str, field: str) -> None:
     """A teacher of the task's family, which knows the model's words."""
-    kind = family_of(read_config(locate(teacher))["model_type"]).kind
+    kind = family_of(read_config(locate(teacher, field))["model_type"]).kind
     if kind != TASKS[recipe.task].families:
         raise RecipeError(f"{field}: {teacher} is {ARTICLES[kind]}, which does not serve {recipe.task}.")
-    _check_vocabulary(locate(recipe.model), locate(teacher), field)
+    _check_vocabulary(locate(recipe.model), locate(teacher, field), field)
 
 
 def _check_vocabulary(place: Path, teacher: Path, field: str) -> None:

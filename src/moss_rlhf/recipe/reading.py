@@ -170,7 +170,8 @@ def _check_space(recipe: Recipe) -> None:
             try:
                 with_values(base, {field: value})
             except RecipeError as error:
-                raise RecipeError(f"search.space.{field}: {value!r} can't be tried: {error}") from None
+                why = str(error).removeprefix("recipe: ").removeprefix(f"--set {field}: ")
+                raise RecipeError(f"search.space.{field}: {value!r} can't be tried: {why}") from None
 
 
 def _beside_the_point(fault: Any) -> bool:

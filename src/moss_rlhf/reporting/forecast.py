@@ -30,15 +30,17 @@ def _data_lines(check: Check) -> Iterator[str]:
 
 
 def _stage_lines(check: Check) -> Iterator[str]:
-    yield f"{'stage':10}  {'parameters':>10}  {'MACs/token':>10}  {'about':>8}  {'memory':>8}"
-    yield f"{'(input)':10}  {check.parameters / 1e6:>9.2f}M"
+    yield f"{'stage':15}  {'parameters':>10}  {'MACs/token':>10}  {'about':>8}  {'memory':>8}"
+    yield f"{'(input)':15}  {check.parameters / 1e6:>9.2f}M"
     for stage in check.stages:
         yield (
-            f"{stage.kind:10}  {stage.parameters / 1e6:>9.2f}M  {stage.macs_per_token / 1e6:>9.2f}M  "
+            f"{stage.kind:15}  {stage.parameters / 1e6:>9.2f}M  {stage.macs_per_token / 1e6:>9.2f}M  "
             f"{_duration(stage.seconds):>8}  {stage.memory_bytes / 1e9:>5.1f} GB"
         )
-    whole = _duration(sum(stage.seconds for stage in check.stages))
-    yield f"training in all: about {whole} on this machine; then export and measuring, a minute or two"
+    seconds = sum(stage.seconds for stage in check.stages)
+    yield f"training in all: about {_duration(seconds)} on this machine; then export and measuring, a minute or two"
+    if check.trainings > 1:
+        yield f"search: up to {check.trainings} such trainings, about {_duration(check.trainings * seconds)} together"
 
 
 def _duration(seconds: float) -> str:
