@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moss_rlhf.errors import ModelError
+from moss_rlhf.errors import ModelError, RecipeError
 from moss_rlhf.finetuning import finetune
 from moss_rlhf.finetuning.adapters import Adapters
 from moss_rlhf.finetuning.options import Adapter
@@ -88,6 +88,14 @@ def test_only_adapted_matrices_and_a_classifiers_head_move(family, tiny_model, r
     save_checkpoint(model, tmp_path / "model")
     loaded = load_checkpoint(tmp_path / "model", TASKS[model.task].auto_class())
     torch.testing.assert_close(_logits(loaded, rows[:4]), _logits(model, rows[:4]))
+
+
+def test_a_training_that_is_refused_leaves_no_adapter(tiny_model, rows):
+    model = tiny_model()
+    names = [name for name, _ in model.network.named_parameters()]
+    with pytest.raises(RecipeError, match="l2: -1"):
+        finetune(model, rows, rows[:8], adapter={"rank": 2}, l2=-1)
+    assert [name for name, _ in model.network.named_parameters()] == names
 
 
 def test_names_choose_matrices(tiny_model):

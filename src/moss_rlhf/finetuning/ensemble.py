@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from moss_rlhf.errors import DataError, ModelError, RecipeError, nearest
 from moss_rlhf.files import read_json, write_json
 from moss_rlhf.finetuning.finetune import finetune as fine_tune
 from moss_rlhf.finetuning.options import Distillation, option
-from moss_rlhf.finetuning.running import Training
+from moss_rlhf.finetuning.running import Training, training_folder
 from moss_rlhf.model.checkpoint import Model, load_checkpoint, save_checkpoint
 from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.progress import Progress
@@ -90,7 +88,7 @@ def ensemble(
     teaching = option(Distillation, distill, "distill")
     train, validation = encoded(model, train), encoded(model, validation)
     folds = stratified_folds(np.asarray(train["labels"]), members, seed, model.labels) if by == "folds" else None
-    with _folder(workspace) as folder:
+    with training_folder(workspace) as folder:
         options.setdefault("cache_folder", folder / "prefix")  # what is frozen in all of them is run once for all
         every = [
             _Member(number, (seed + number) % 2**32, None if folds is None else number, folder / f"member-{number + 1}")
@@ -241,13 +239,3 @@ def _summed(done: list[dict[str, Any]], facts: dict[str, Any], one: Training) ->
     flops = sum(each["flops"] for each in done) + one.flops
     whole = facts | {"members": members, "learning": training, "seconds": seconds}
     return Training(whole, one.history, flops)
-
-
-@contextmanager
-def _folder(workspace: Path | None) -> Iterator[Path]:
-    if workspace is not None:
-        workspace.mkdir(parents=True, exist_ok=True)
-        yield workspace
-    else:
-        with tempfile.TemporaryDirectory(prefix="moss-") as folder:
-            yield Path(folder)

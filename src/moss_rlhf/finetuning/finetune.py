@@ -179,6 +179,10 @@ def finetune(
             "finetune.adapter: the weights below adapters stand still, so movement, quantization_aware, l1, l2_start, "
             "reinitialise and phases have nothing to work on. Leave them out, or adapter."
         )
+    if compile != "off" and (movement or quantization_aware or adapter):
+        raise RecipeError(
+            "finetune.compile: movement, quantization_aware and adapter change what the network runs. Leave one out."
+        )
     if mixup:
         others = {"teacher's answer": teacher is not None, "loss": loss is not None, "compiled block": compile != "off"}
         refuse_mixing_with(others)
@@ -188,9 +192,7 @@ def finetune(
     if packing:
         check_packing(model, train)
     batches = epoch_batches(train["length"], batch_size, seed, bucketing=length_bucketing, tokens=batch_tokens)
-    asked = option(Adapter, adapter, "adapter")
-    adapters = Adapters(model, asked, seed) if asked else None
-    groups = adapters.groups if adapters else tuple(layer_groups(model.network))
+    groups = tuple(layer_groups(model.network))
     names = [group.name for group in groups]
     planned = phases_of(phases, {group.name: len(group.parameters) for group in groups}, unfreeze)
     epochs = epochs_of(epochs, planned)
@@ -213,18 +215,20 @@ def finetune(
     taught = option(Distillation, distill, "distill") or Distillation()
     teachers = teachers_of(model, teacher)
     tutor = tutor_of(model, teachers, taught)
-    if teachers and isinstance(task, TextClassification):
-        train = with_teachers(train, read_by(model, teachers, train, teacher_rows), teachers, task, progress)
     if reinitialise and not (workspace and checkpoints(workspace)):
         draw_blocks(model.network, reinitialise, seed, model.pruned)
-    companions: list[Companion] = [
-        *([Imitation(model, tutor, taught, learning_rate, seed)] if tutor and taught.inside else []),
-        *([adapters] if adapters else []),
-        *penalties(model, groups, l2, l2_start, l1),
-        KeptZeros(model.pruned),
-        *masks(model, movement, quantization_aware, timetable, steps),
-    ]
-    with training_folder(workspace) as folder, _taken_out(adapters):
+    asked = option(Adapter, adapter, "adapter")
+    with training_folder(workspace) as folder, _adapted(model, asked, seed) as adapters:
+        groups = adapters.groups if adapters else groups
+        companions: list[Companion] = [
+            *([Imitation(model, tutor, taught, learning_rate, seed)] if tutor and taught.inside else []),
+            *([adapters] if adapters else []),
+            *penalties(model, groups, l2, l2_start, l1),
+            KeptZeros(model.pruned),
+            *masks(model, movement, quantization_aware, timetable, steps),
+        ]
+        if teachers and isinstance(task, TextClassification):
+            train = with_teachers(train, read_by(model, teachers, train, teacher_rows), teachers, task, progress)
         caching = caching_of(
             model,
             train,
@@ -311,10 +315,11 @@ def _with_positions(train: Any) -> Any:
 
 
 @contextmanager
-def _taken_out(adapters: Adapters | None) -> Iterator[None]:
-    """Whatever happens, no adapter stays in the network."""
+def _adapted(model: Model, options: Adapter | None, seed: int) -> Iterator[Adapters | None]:
+    """The adapters, put in; whatever happens, none stays in the network."""
+    adapters = Adapters(model, options, seed) if options else None
     try:
-        yield
+        yield adapters
     finally:
         if adapters:
             adapters.detach()

@@ -14,6 +14,7 @@ from moss_rlhf.errors import RecipeError
 from moss_rlhf.finetuning.objective import Objective
 from moss_rlhf.model.anatomy import anatomy_of
 from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.replay import first
 from moss_rlhf.strategy.augmentation import Mixed, mixup, mixup_loss
 from moss_rlhf.tasks import TASKS
 
@@ -49,9 +50,8 @@ def _mixing(
     last = anatomy_of(network).blocks[-1].module
 
     def mix(_: Any, __: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
         random = np.random.default_rng([seed, *batch["row"].tolist()])
-        found.append(mixup(hidden, targets, alpha, random, batch.get("attention_mask")))
+        found.append(mixup(first(output), targets, alpha, random, batch.get("attention_mask")))
         return (found[-1].hidden, *output[1:]) if isinstance(output, tuple) else found[-1].hidden
 
     handle = last.register_forward_hook(mix)

@@ -312,6 +312,10 @@ class FinetuneSpec(Spec):
 
     @model_validator(mode="after")
     def _goes_together(self) -> FinetuneSpec:
+        if self.compile != "off" and (self.movement or self.quantization_aware or self.adapter):
+            raise PydanticCustomError(
+                "nothing", "compile goes with no movement, quantization_aware or adapter; leave one of them out"
+            )
         if self.movement and self.l1:
             raise PydanticCustomError("nothing", "movement and l1 both choose what becomes zero; leave one of them out")
         if self.movement and self.unfreeze == "gradual" and self.movement.begin < _ALL_TRAIN_FROM:
