@@ -168,7 +168,8 @@ def train_step(network, optimizer: torch.optim.Optimizer, batch: Tensor, learnin
     """One step; the mean loss per token before it, in nats."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    with torch.autocast("cpu", torch.bfloat16, enabled=uses_bfloat16("auto")):
+    batch = batch.to(network.device)
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=uses_bfloat16("auto")):
         loss = network(input_ids=batch, labels=batch, use_cache=False).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), LARGEST_NORM)
@@ -183,7 +184,7 @@ def perplexity(network, tokens: Tensor) -> float:
     network.eval()
     losses = [
         float(network(input_ids=batch, labels=batch, use_cache=False).loss) * len(batch)
-        for batch in cut_windows(tokens).split(8)
+        for batch in cut_windows(tokens).to(network.device).split(8)
     ]
     return math.exp(sum(losses) / len(cut_windows(tokens)))
 
@@ -205,7 +206,7 @@ def train(data: Path, output: Path, *, steps: int, batch_size: int, learning_rat
     texts = {TRAIN_TEXT: train_text, HELD_OUT_TEXT: held_out_text}
     tokenizer = train_tokenizer(train_text)
     tokens, held_out = encode(tokenizer, train_text), encode(tokenizer, held_out_text)
-    network = build_network(tokenizer, seed)
+    network = build_network(tokenizer, seed).to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = optimizer_of(network, learning_rate)
     sizes = {
         "parameters": sum(parameter.numel() for parameter in network.parameters()),

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from moss_rlhf.evaluation import (
     temperature_of,
 )
 from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.device import on_accelerator
 from moss_rlhf.model.locate import weight_bytes
 from moss_rlhf.model.runtime import Batch, OnnxRuntime, Runtime, TorchRuntime, open_ctranslate2, usable_cores
 from moss_rlhf.model.temperature import Temperature, write_temperature
@@ -122,7 +124,8 @@ class Measuring:
     def quality(self, artifact: Artifact) -> tuple[Answers, dict[str, Any]]:
         """The answers, and the part of a measurement that needs no clock."""
         task, model, rows = TASKS[artifact.model.task], artifact.model, self.rows_of(artifact)
-        answers = answer(task, artifact.runtime, rows, model.tokenizer)
+        with on_accelerator(model.network) if isinstance(artifact.runtime, TorchRuntime) else nullcontext():
+            answers = answer(task, artifact.runtime, rows, model.tokenizer)
         return answers, {
             "artifact": _relative(artifact.path, self.root),
             "runtime": artifact.runtime.name,

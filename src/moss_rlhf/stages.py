@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from moss_rlhf.data import read_texts
 from moss_rlhf.finetuning import ensemble, finetune, pretrain
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.cost import macs_per_token
+from moss_rlhf.model.device import on_accelerator
 from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten, trim_vocabulary
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import (
@@ -38,6 +40,9 @@ METHODS: Mapping[type, Callable[..., dict[str, Any]]] = {
     ShortenSpec: shorten,
 }
 """Each takes (model, training rows, *, the spec's fields, seed, progress) and returns its facts."""
+
+ON_ACCELERATOR = (PruneSpec, QuantizeSpec, SensitivitySpec)
+"""Those that only measure activations; the others also measure time, and what is shipped runs on the processor."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ def apply_stage(spec: Any, model: Model, context: StageContext) -> Outcome:
     if isinstance(spec, TrimVocabularySpec):
         return _trim_vocabulary(spec, model, context)
     fields = {name: getattr(spec, name) for name in type(spec).model_fields}
-    facts = METHODS[type(spec)](model, context.measured, **fields, seed=context.seed, progress=context.progress)
+    with on_accelerator(model.network) if isinstance(spec, ON_ACCELERATOR) else nullcontext():
+        facts = METHODS[type(spec)](model, context.measured, **fields, seed=context.seed, progress=context.progress)
     return Outcome(facts, float(facts.pop("flops", 0.0)))
 
 

@@ -26,6 +26,7 @@ from moss_rlhf.finetuning.regularisers import Lasso, Ridge, TowardsStart
 from moss_rlhf.finetuning.timetable import Timetable
 from moss_rlhf.finetuning.trainer import Plateau
 from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.device import on_accelerator
 from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.model.vocabulary import ids_in
 from moss_rlhf.progress import Progress
@@ -105,12 +106,14 @@ def with_teachers(
     Of several teachers, the logarithm of their mean probability.
     """
     progress.say("  asking the teacher" + "s" * (len(teachers) > 1))
-    every = [
-        task.predict(TorchRuntime(teacher.network), rows, teacher.tokenizer)
-        for teacher, rows in zip(teachers, read, strict=True)
-    ]
+    every = [_answers(teacher, rows, task) for teacher, rows in zip(teachers, read, strict=True)]
     logits = every[0] if len(every) == 1 else log_mean_probability(np.stack(every)).astype(np.float32)
     return train.add_column("teacher_logits", [row.tolist() for row in logits])
+
+
+def _answers(teacher: Model, rows: Any, task: TextClassification) -> Any:
+    with on_accelerator(teacher.network):
+        return task.predict(TorchRuntime(teacher.network), rows, teacher.tokenizer)
 
 
 def tutor_of(model: Model, teachers: Sequence[Model], options: Distillation) -> Tutor | None:

@@ -47,6 +47,8 @@ class InputStatistics:
     absolute_sum       (in,) Σ |x|, float64.
     least, most        of all features.
     gram               (in, in) Σ x xᵀ, float32; None where only norms were asked for.
+
+    They lie where the tokens lay: on the processor, or on the GPU that the network is on.
     """
 
     features: int
@@ -70,14 +72,20 @@ class InputStatistics:
         """Count the tokens of `rows`, (tokens, in)."""
         values = rows.detach().float()
         magnitudes = values.abs()
+        self._move(values.device)
         self.tokens += len(values)
-        self.squared_norm += values.square().sum(dim=0, dtype=torch.float64).cpu()
-        self.absolute_sum += magnitudes.sum(dim=0, dtype=torch.float64).cpu()
+        self.squared_norm += values.square().sum(dim=0, dtype=torch.float64)
+        self.absolute_sum += magnitudes.sum(dim=0, dtype=torch.float64)
         if len(values):
             self.least, self.most = min(self.least, float(values.min())), max(self.most, float(values.max()))
-            self.absolute_maximum = torch.maximum(self.absolute_maximum, magnitudes.amax(dim=0).cpu())
+            self.absolute_maximum = torch.maximum(self.absolute_maximum, magnitudes.amax(dim=0))
         if self.gram is not None:
-            self.gram.addmm_(values.T.cpu(), values.cpu())
+            self.gram.addmm_(values.T, values)
+
+    def _move(self, device: torch.device) -> None:
+        self.squared_norm, self.absolute_sum = self.squared_norm.to(device), self.absolute_sum.to(device)
+        self.absolute_maximum = self.absolute_maximum.to(device)
+        self.gram = None if self.gram is None else self.gram.to(device)
 
     @property
     def norm(self) -> Tensor:
@@ -307,6 +315,7 @@ class _States:
         self._kept: list[Any] = [None] * batches
         self._bytes = [0] * batches
         self._limit = cache_bytes
+        self._device = torch.device("cpu")
 
     def __enter__(self) -> _States:
         self._folder = tempfile.TemporaryDirectory(prefix="moss-states-")
@@ -318,10 +327,10 @@ class _States:
 
     def __getitem__(self, batch: int) -> Any:
         kept = self._kept[batch]
-        return _read_state(kept) if isinstance(kept, Path) else kept
+        return _read_state(kept, self._device) if isinstance(kept, Path) else kept
 
     def __setitem__(self, batch: int, output: Any) -> None:
-        size = _bytes_of(output)
+        size, self._device = _bytes_of(output), first(output).device
         self._bytes[batch] = 0
         if sum(self._bytes) + size > self._limit:
             file = Path(self._folder.name) / f"{batch}.safetensors"
@@ -344,12 +353,12 @@ def _write_state(output: Any, file: Path) -> None:
     partial.replace(file)
 
 
-def _read_state(file: Path) -> Any:
+def _read_state(file: Path, device: torch.device) -> Any:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}  # aligned as torch would
+    tensors = {name: tensor.to(device, copy=True) for name, tensor in load_file(file).items()}  # aligned as torch would
     parts = tuple(tensors.get(str(index)) for index in range(int(metadata["parts"])))
     return parts if metadata["tuple"] == "True" else parts[0]
 

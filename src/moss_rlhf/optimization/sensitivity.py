@@ -46,7 +46,7 @@ def loss_damage(change: Tensor, gram: Tensor, tokens: int, gradient: Tensor) -> 
     gradient   (out,), Σ (∂loss / ∂y)² over rows and tokens, divided by rows.
     """
     moved = ((change @ gram) * change).sum(dim=1, dtype=torch.float64) / max(tokens, 1)
-    return 0.5 * float((moved * gradient.double()).sum())
+    return 0.5 * float((moved * gradient.to(moved)).sum())
 
 
 def matrix_damage(weight: Tensor, statistics: InputStatistics, gradient: Tensor) -> dict[str, dict[str, float]]:

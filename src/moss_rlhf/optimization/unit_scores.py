@@ -163,7 +163,7 @@ def activation_scores(model: Model, batches: Sequence[Batch], progress: Progress
     scores = {}
     for visit in calibrate(model, batches, gather="norms", progress=progress, title="scoring units"):
         for part in block_parts(visit.block):
-            squares = visit.statistics[part.output.name].squared_norm
+            squares = visit.statistics[part.output.name].squared_norm.cpu()
             scores[part.name] = squares.reshape(part.units, -1).sum(dim=1).sqrt()
     return scores
 
@@ -171,7 +171,7 @@ def activation_scores(model: Model, batches: Sequence[Batch], progress: Progress
 def magnitude_scores(anatomy: Anatomy) -> dict[str, Tensor]:
     """L2 norm of each unit's columns of the output matrix, (units,) float64, by the parts' names."""
     return {
-        part.name: part.output.weight.detach().double().square().sum(dim=0).reshape(part.units, -1).sum(dim=1).sqrt()
+        part.name: part.output.weight.detach().cpu().double().square().sum(dim=0).view(part.units, -1).sum(dim=1).sqrt()
         for part in parts_of(anatomy)
     }
 
@@ -183,7 +183,7 @@ def hidden_scores(model: Model, batches: Sequence[Batch], progress: Progress) ->
     total = torch.zeros(model.anatomy.hidden_size, dtype=torch.float64)
     for visit in calibrate(model, batches, gather="norms", progress=progress, title="scoring features"):
         for read in visit.block.parts:
-            total += visit.statistics[read.matrices[0].name].squared_norm.sqrt()
+            total += visit.statistics[read.matrices[0].name].squared_norm.sqrt().cpu()
     return total
 
 
