@@ -25,6 +25,7 @@ from typing import Any
 
 from common import keep, table
 
+from moss_rlhf.measuring import same_threads
 from moss_rlhf.model.device import on_accelerator
 from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.pipeline import on_validation
@@ -125,7 +126,7 @@ def measured(options: argparse.Namespace, trick: str, seed: int) -> dict[str, An
         on_validation(recipe, "accuracy", QUIET)
         seconds = time.perf_counter() - started
         with open_run(Path(output)) as place:
-            session = prepare(recipe, place, QUIET, 1)
+            session = prepare(recipe, place, QUIET, same_threads())
             model, last = session.model_after(len(recipe.stages)), len(recipe.stages)
             rows, task = session.rows_after(last).evaluation, TASKS[recipe.task]
             with on_accelerator(model.network):
