@@ -55,9 +55,8 @@ def search(recipe: Recipe, spec: SearchSpec, measure: Measure, folder: Path, pro
     folder   where the journal and the trials lie.
     raises   MachineError where optuna is missing; MossError where every trial failed.
     """
-    study = _Study(recipe, spec, measure, folder, progress)
-    folder.mkdir(parents=True, exist_ok=True)
     with _quiet():
+        study = _Study(recipe, spec, measure, folder, progress)
         study.run()
         best = study.best_recipe()
         write_text(folder / "best.yaml", recipe_yaml(best))

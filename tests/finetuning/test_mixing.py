@@ -41,7 +41,7 @@ def test_states_and_labels_are_mixed_alike(tiny_model, rows):
 @pytest.mark.parametrize("family", ["bert", "distilbert", "deberta-v2", "albert"])
 def test_it_learns_mixed(family, tiny_model, rows):
     model = tiny_model(family)
-    finetune(model, rows, rows, mixup=0.2, **LEARNING)
+    finetune(model, rows, rows, mixup=0.2, **LEARNING | {"epochs": 16})
     assert evaluate_loss(model, encoded(model, rows), TASK)["accuracy"] > 0.9
 
 

@@ -1,0 +1,44 @@
+"""Freed memory that is kept for the next tensor, on Linux's C library.
+
+glibc asks the kernel for every large block anew and gives it back when it is freed; the kernel zeroes its pages each
+time they are touched first. In a training step, which makes and drops the same hundreds of large tensors again and
+again, a fourth of the time went there. While `kept_memory` holds, freed blocks stay with the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # mallopt(3)
+_DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _TOP_PAD: 128 * 1024, _MMAP_MAX: 65536}
+_KEEPING = {_TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 * 1024 * 1024, _MMAP_MAX: 0}
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Keep what is freed until the end, then give it back. On other C libraries nothing happens."""
+    library = _glibc()
+    if library is None:
+        yield
+        return
+    _set(library, _KEEPING)
+    try:
+        yield
+    finally:
+        _set(library, _DEFAULTS)
+        library.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") else None
+
+
+def _set(library: ctypes.CDLL, values: dict[int, int]) -> None:
+    for name, value in values.items():
+        library.mallopt(name, value)
