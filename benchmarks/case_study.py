@@ -4,8 +4,8 @@
 
 Plain: the uncompressed model with the Hugging Face Trainer's defaults (3 epochs, AdamW at 5e-5 falling linearly,
 float32, random order, each text's first tokens). Beside it the same with the recipe's way of cutting texts, so that
-what this alone gains can be seen. Ours is what the recipe ships: the ONNX file. All answer the same test texts. Operations are
-those of every training pass, padding included, and of asking the teacher; the search's stand by themselves.
+what this alone gains can be seen. Ours is what the recipe ships: the ONNX file. All answer the same test texts.
+Operations are those of every training pass, padding included, and of asking the teacher; a search's are not counted.
 """
 
 from __future__ import annotations

@@ -22,23 +22,23 @@ def test_as_many_are_dropped_as_asked_and_the_mean_stays(share):
 
 def test_each_sixteen_bits_of_a_draw_are_a_number_of_their_own():
     torch.manual_seed(0)
-    masks = kept((250_000, 4), 1 << 15).float() - 0.5
+    masks = kept((250_000, 4), 1 << 15, torch.float32) - 0.5
     together = (masks.T @ masks) / len(masks) * 4
     assert torch.allclose(together, torch.eye(4), atol=0.01)
 
 
 def test_a_seed_gives_the_same_masks_and_they_differ_from_call_to_call():
     torch.manual_seed(3)
-    first, second = kept((100, 7), 6554), kept((100, 7), 6554)
+    first, second = kept((100, 7), 6554, torch.float32), kept((100, 7), 6554, torch.float32)
     torch.manual_seed(3)
-    assert torch.equal(first, kept((100, 7), 6554))
+    assert torch.equal(first, kept((100, 7), 6554, torch.float32))
     assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("mask", ["none", "bool", "float", "causal"])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_where_nothing_is_dropped_attention_is_pytorchs(mask, groups, monkeypatch):
-    monkeypatch.setattr(quick, "kept", lambda shape, _: torch.ones(*shape, dtype=torch.bool))
+    monkeypatch.setattr(quick, "kept", lambda shape, *_: torch.ones(*shape))
     monkeypatch.setattr(quick, "_scale", lambda _: 1.0)
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 6, 5, 8), torch.randn(2, 6 // groups, 7, 8), torch.randn(2, 6 // groups, 7, 8)
@@ -94,7 +94,7 @@ def test_what_is_computed_again_for_the_gradient_has_the_same_masks():
 
 def test_modules_and_attentions_use_it_in_training_alone(monkeypatch):
     calls = []
-    monkeypatch.setattr(quick, "kept", lambda shape, _: calls.append(shape) or torch.ones(*shape, dtype=torch.bool))
+    monkeypatch.setattr(quick, "kept", lambda shape, *_: calls.append(shape) or torch.ones(*shape))
     module, values = nn.Dropout(0.1), torch.ones(1, 2, 3, 4)
     with quick_dropout():
         module(values)
@@ -105,3 +105,16 @@ def test_modules_and_attentions_use_it_in_training_alone(monkeypatch):
     assert functional.dropout.__module__ == "torch.nn.functional"
     module.train()(values)
     assert calls == [(1, 2, 3, 4), (1, 2, 3, 3)]
+
+
+def test_short_attentions_in_bfloat16_are_plain_products_where_they_learn(monkeypatch):
+    calls = []
+    monkeypatch.setattr(quick, "attention", lambda *args, **given: calls.append(args[0].dtype) or args[0])
+    with quick_dropout():
+        for dtype in (torch.float32, torch.bfloat16):
+            values = torch.ones(1, 2, 3, 4, dtype=dtype, requires_grad=True)
+            functional.scaled_dot_product_attention(values, values, values)
+            functional.scaled_dot_product_attention(values.detach(), values.detach(), values.detach())
+        long = torch.ones(1, 1, 513, 4, dtype=torch.bfloat16, requires_grad=True)
+        functional.scaled_dot_product_attention(long, long, long)
+    assert calls == [torch.bfloat16]

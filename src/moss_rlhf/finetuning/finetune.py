@@ -88,7 +88,7 @@ def finetune(
     schedule: str | Schedule | Mapping[str, Any] = "linear",
     warmup: float = 0.1,
     optimizer: OptimizerName | Optimizer | Mapping[str, Any] = "adamw",
-    weight_decay: float = 0.01,
+    weight_decay: float | None = None,
     l2: float = 0.0,
     l2_start: float = 0.0,
     l1: float = 0.0,
@@ -130,7 +130,8 @@ def finetune(
     train, validation   rows with the task's columns, labels included; or encoded already.
     schedule            a name of `strategy.SCHEDULES`, or with its constants: {"name": "polynomial", "power": 2.0}.
     optimizer           a name, or with its constants: {"name": "sgd", "momentum": 0.9}.
-    weight_decay        of matrices and tables, as the optimizer has it: decoupled in adamw and adafactor.
+    weight_decay        of matrices and tables, decoupled, 0.01 by default, in adamw and adafactor; in adam and sgd
+                        coupled, 0 by default, and of matrices alone.
     l2, l2_start, l1    strengths of the penalties of `regularisers.py`.
     loss                what is asked of the labels, such as {"label_smoothing": 0.1}; None: the task's own loss.
     mixup               of classification: rows of a batch, and their labels, are mixed; α of the Beta distribution.
@@ -228,7 +229,8 @@ def finetune(
             *masks(model, movement, quantization_aware, timetable, steps),
         ]
         if teachers and isinstance(task, TextClassification):
-            train = with_teachers(train, read_by(model, teachers, train, teacher_rows), teachers, task, progress)
+            read = read_by(model, teachers, train, teacher_rows)
+            train = with_teachers(train, read, teachers, task, bfloat16, progress)
         caching = caching_of(
             model,
             train,
@@ -241,6 +243,7 @@ def finetune(
             obstacle=obstacle_to_cache(companions, packing, compile),
             progress=progress,
         )
+        method = option(Optimizer, named(optimizer), "optimizer") or Optimizer()
         plain = Objective(task, teaching_of(task, teachers, tutor, taught), labelled)
         objective = MixedObjective(model, mixup, seed) if mixup else plain
         still = Still(model.network, names, timetable)
@@ -249,8 +252,8 @@ def finetune(
             timetable=timetable,
             objective=objective,
             companions=Companions([still, *([caching] if caching else []), *companions]),
-            optimizer=option(Optimizer, named(optimizer), "optimizer") or Optimizer(),
-            weight_decay=weight_decay,
+            optimizer=method,
+            weight_decay=method.decay(weight_decay),
             evaluate_at=evaluation_steps(len(batches), epochs, evaluations_per_epoch),
             steps=steps,
             judge=judge_of(task, metric, since=max((each.settled for each in companions), default=0)),

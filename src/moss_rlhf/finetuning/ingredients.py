@@ -98,22 +98,30 @@ def _as_many(rows: Any, train: Any) -> Any:
 
 
 def with_teachers(
-    train: Any, read: Sequence[Any], teachers: Sequence[Model], task: TextClassification, progress: Progress
+    train: Any,
+    read: Sequence[Any],
+    teachers: Sequence[Model],
+    task: TextClassification,
+    bfloat16: bool,
+    progress: Progress,
 ) -> Any:
     """The rows with the teacher's logits as a column: one forward pass serves every epoch.
 
-    read   the same rows as each teacher reads them.
+    read       the same rows as each teacher reads them.
+    bfloat16   ask in bfloat16, as a teacher is that is asked at every step.
     Of several teachers, the logarithm of their mean probability.
     """
     progress.say("  asking the teacher" + "s" * (len(teachers) > 1))
-    every = [_answers(teacher, rows, task) for teacher, rows in zip(teachers, read, strict=True)]
+    every = [_answers(teacher, rows, task, bfloat16) for teacher, rows in zip(teachers, read, strict=True)]
     logits = every[0] if len(every) == 1 else log_mean_probability(np.stack(every)).astype(np.float32)
     return train.add_column("teacher_logits", [row.tolist() for row in logits])
 
 
-def _answers(teacher: Model, rows: Any, task: TextClassification) -> Any:
+def _answers(teacher: Model, rows: Any, task: TextClassification, bfloat16: bool) -> Any:
     with on_accelerator(teacher.network):
-        return task.predict(TorchRuntime(teacher.network), rows, teacher.tokenizer)
+        device = next(teacher.network.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            return task.predict(TorchRuntime(teacher.network), rows, teacher.tokenizer)
 
 
 def tutor_of(model: Model, teachers: Sequence[Model], options: Distillation) -> Tutor | None:

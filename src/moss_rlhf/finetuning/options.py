@@ -157,6 +157,15 @@ class Optimizer:
     betas: tuple[float, float] | None = None
     epsilon: float | None = None
 
+    @property
+    def decouples(self) -> bool:
+        """Whether weights decay beside the gradient; else the decay is part of it, and goes through the moments."""
+        return self.name in ("adamw", "adafactor")
+
+    def decay(self, asked: float | None) -> float:
+        """The weight decay: as asked for, or by default 0.01 where it is decoupled and none where it is not."""
+        return (0.01 if self.decouples else 0.0) if asked is None else asked
+
     def __post_init__(self) -> None:
         _one_of("optimizer.name", self.name, get_args(OptimizerName))
         owners = {"momentum": ("sgd",), "betas": ("adamw", "adam"), "epsilon": ("adamw", "adam")}

@@ -1,6 +1,8 @@
-"""Penalties on the weights. All act on matrices and tables, never on biases and norms, and never on frozen weights.
+"""Penalties on the weights. All act on matrices, never on biases and norms, and never on frozen weights.
 
-l2         + λ/2 Σ w² in the loss: its gradient λ w passes through the optimizer (weight_decay of adamw does not).
+l2         + λ/2 Σ w² in the loss: its gradient λ w passes through the optimizer (weight_decay of adamw does not). The
+           embedding tables are left out: a row that no batch reads gets nothing but the penalty, and Adam, which
+           divides by the gradient's own size, makes a full step of it every time.
 l2_start   + λ/2 Σ (w − w₀)², w₀ the weights at the start; below the head (Li et al. 2018, arXiv:1802.01483, eq. 2).
 l1         λ Σ |w| by a proximal step after the optimizer's: w ← sign(w) · max(|w| − η λ, 0), η the rate of the weight's
            layer (Parikh & Boyd 2014, §6.5.2). Weights become exactly zero, as no subgradient would make them.
@@ -25,12 +27,12 @@ def soft_threshold(weight: Tensor, threshold: float) -> Tensor:
 
 
 class Ridge(Companion):
-    """`strength` / 2 · Σ w² over the matrices of all groups."""
+    """`strength` / 2 · Σ w² over the matrices above the embeddings."""
 
     name = "l2"
 
     def __init__(self, groups: Sequence[LayerGroup], strength: float) -> None:
-        self.weights, self.strength = _matrices(groups), strength
+        self.weights, self.strength = _matrices(groups[1:]), strength
 
     def penalty(self) -> Tensor | None:
         squares = [torch.linalg.vector_norm(weight) ** 2 for weight in self.weights if weight.requires_grad]

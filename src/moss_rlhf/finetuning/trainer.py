@@ -124,11 +124,19 @@ class LayerwiseTrainer(Trainer):
         return self.optimizer
 
     def _parameter_groups(self) -> Iterator[dict[str, Any]]:
-        """Two groups a layer group, matrices decay, biases and norms do not; then one for each companion's own."""
-        for group, rate in zip(self.plan.groups, self.plan.timetable.peaks, strict=True):
+        """Two groups a layer group, matrices decay, biases and norms do not; then one for each companion's own.
+
+        Where decay is part of the gradient, the embeddings have none: see `regularisers.py`.
+        """
+        coupled = not self.plan.optimizer.decouples
+        for index, (group, rate) in enumerate(zip(self.plan.groups, self.plan.timetable.peaks, strict=True)):
             matrices = [parameter for _, parameter in group.parameters if parameter.dim() > 1]
             vectors = [parameter for _, parameter in group.parameters if parameter.dim() <= 1]
-            yield {"params": matrices, "lr": rate, "weight_decay": self.plan.weight_decay}
+            yield {
+                "params": matrices,
+                "lr": rate,
+                "weight_decay": 0.0 if coupled and index == 0 else self.plan.weight_decay,
+            }
             yield {"params": vectors, "lr": rate, "weight_decay": 0.0}
         for extra in self.plan.companions.extras():
             yield {"params": [extra.parameter], "lr": extra.learning_rate, "weight_decay": extra.weight_decay}

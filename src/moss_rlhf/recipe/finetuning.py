@@ -217,7 +217,9 @@ class FinetuneSpec(Spec):
     schedule: ScheduleName | ScheduleSpec = Field("linear", description="a name, or a mapping with its constants")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises")
     optimizer: OptimizerName | OptimizerSpec = Field("adamw", description="a name, or a mapping with its constants")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled in adamw and adafactor; in adam and sgd coupled")
+    weight_decay: float | None = Field(
+        None, ge=0, description="decoupled in adamw and adafactor, default 0.01; in adam and sgd coupled, default 0"
+    )
     l2: Strength = Field(0.0, description="λ/2 Σ w² in the loss")
     l2_start: Strength = Field(0.0, description="λ/2 Σ (w − start)² in the loss, below the head")
     l1: Strength = Field(0.0, description="λ Σ |w|: weights of the blocks become exactly zero, and stay")
