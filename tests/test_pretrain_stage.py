@@ -55,6 +55,13 @@ def test_domain_then_task_then_the_labels(recipe, tmp_path):
     assert tuned["history"]["validation"][0]["accuracy"] >= 0
 
 
+def test_no_epoch_changes_nothing(recipe):
+    report = run(recipe({"pretrain": {"epochs": 0}}, {"finetune": {"epochs": 1}}))
+    left_out, tuned = report["stages"]
+    assert left_out["flops"] == 0 and left_out["facts"]["steps"] == 0
+    assert tuned["history"]["validation"]
+
+
 def test_another_text_makes_it_another_stage(recipe, tmp_path):
     stages = recipe({"pretrain": {"texts": str(tmp_path / "domain.txt")}})
     place = RunDirectory(tmp_path / "run")

@@ -73,6 +73,7 @@ def pretrain(
     """Train `model`'s body on plain texts, in place, and leave it with the weights of its best evaluation.
 
     texts        one a document; or a file: txt with one a line, else the column `text`.
+    epochs       0: the model stays as it is, so that a search can try it without.
     objective    auto: masked for encoders, causal for decoders, spans or infilling for encoder-decoders.
     mask         share of the tokens that are masked, or in spans; of no meaning for causal.
     whole_words  masked: all pieces of a word or none.
@@ -87,6 +88,8 @@ def pretrain(
     """
     if model.quantization:
         raise ModelError("pretrain: the model is quantized already; pretrain it before, then quantize.")
+    if epochs == 0:
+        return Training({"steps": 0, "seconds": 0.0, "measured": "nothing: no epoch was asked for"}, {}, 0.0)
     progress, stopping = progress or Progress(quiet=True), option(EarlyStopping, early_stopping, "early_stopping")
     task, notes = _task(model, objective, mask, whole_words, seed), []
     found = read_texts(texts) if isinstance(texts, str | Path) else [text for text in texts if text.strip()]

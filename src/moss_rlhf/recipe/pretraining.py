@@ -17,7 +17,7 @@ class PretrainSpec(Spec):
     objective: Literal["auto", "masked", "causal", "spans", "infilling"] = Field(
         "auto", description="auto: masked for encoders, causal for decoders, spans or infilling for encoder-decoders"
     )
-    epochs: Positive = 1
+    epochs: Annotated[int, Field(ge=0)] = Field(1, description="0: the stage changes nothing, for a search to try")
     learning_rate: float = Field(5e-5, gt=0, lt=1)
     mask: Share = Field(0.15, description="share of the tokens that are masked, or in spans")
     whole_words: bool = Field(True, description="masked: all pieces of a word or none")
