@@ -69,6 +69,18 @@ def test_plain_onnxruntime_answers_as_pytorch_for_any_batch_and_length(exported,
     assert np.linalg.norm(logits - expected) < tolerance * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("scheme", ["float32", "int8"])
+def test_the_runtime_leaves_norms_apart_from_additions(exported, scheme, tmp_path):
+    """The fused kernel takes four times as long."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(str(exported[scheme][1]), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    assert kinds.count("LayerNormalization") == 5
+    assert not [kind for kind in kinds if "Skip" in kind or "EmbedLayer" in kind]
+
+
 def test_one_file_holds_everything(exported):
     for _, file in exported.values():
         proto = onnx.load(file, load_external_data=False)

@@ -104,13 +104,26 @@ def _export_float(model: Model, place: Path, example: Batch) -> None:
         )
     if program is None:
         raise MossError("export: PyTorch's ONNX exporter returned nothing")
-    onnx.save(_without_notes(program.model_proto), place)
+    onnx.save(_with_plain_norms(_without_notes(program.model_proto)), place)
 
 
 def _without_notes(proto: Any) -> Any:
     """The same model without what the exporter notes at every node: stack traces, the half of a small file."""
     for part in (proto, proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
         del part.metadata_props[:]
+    return proto
+
+
+def _with_plain_norms(proto: Any) -> Any:
+    """The same model, its norms kept apart from the additions before them.
+
+    ONNX Runtime fuses the two into SkipLayerNormalization, whose kernel takes four times as long as both by themselves
+    (1.32 on a processor): a third of a small int8 model's time. A Sum of two is an Add that it does not look for.
+    """
+    normed = {node.input[0] for node in proto.graph.node if node.op_type == "LayerNormalization"}
+    for node in proto.graph.node:
+        if node.op_type == "Add" and node.output[0] in normed:
+            node.op_type = "Sum"
     return proto
 
 
