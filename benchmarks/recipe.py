@@ -101,7 +101,9 @@ def independent_accuracy(run: Path, report: dict) -> float:
     tokenizer = AutoTokenizer.from_pretrained(run / "onnx")
     labels = json.loads((run / "onnx" / "config.json").read_text(encoding="utf-8"))["id2label"]
     rows = Dataset.from_file(str(next((run / "data").glob("test-????????????????.arrow"))))
-    names = json.loads(next((run / "data").glob("test-????????????????.json")).read_text(encoding="utf-8"))["labels"]["names"]
+    names = json.loads(next((run / "data").glob("test-????????????????.json")).read_text(encoding="utf-8"))["labels"][
+        "names"
+    ]
     longest = int(report["data"]["test"]["tokens"]["max_length"])
     right = 0
     for row in rows:
