@@ -1,6 +1,6 @@
 """Narrow a fine-tuned MiniLM to half and to a third of its blocks' multiply-accumulates on SST-2, without training.
 
-`python benchmarks/narrowing.py --data FOLDER --work FOLDER [--seeds 3] [--epochs 2]`
+`python benchmarks/narrowing.py --data FOLDER --work FOLDER [--seeds 3] [--epochs 2] [--ways …]`
 
 FOLDER holds sst2/{train,dev,test}.tsv and sst2_glue/train.tsv.gz. The dense model is fine-tuned once into WORK and
 reused. Every row adds one thing to the one above it; accuracy is measured on the 2,693 dev and test sentences, for
@@ -165,11 +165,11 @@ def macs_share(model, dense, length: float) -> float:
 # --- the table -----------------------------------------------------------------------------------------------------
 
 
-def measure_ways(dense, train, judge: Judge, seeds: int) -> tuple[list[tuple[str, str, str]], dict]:
+def measure_ways(dense, train, judge: Judge, seeds: int, ways: list[str]) -> tuple[list[tuple[str, str, str]], dict]:
     length, rows, narrowed = float(np.mean(train["length"])), [], {}
     draws = [drawn(dense, train, seed) for seed in range(seeds)]
     for share, name in NAMES.items():
-        for way, cut in WAYS.items():
+        for way, cut in ((way, WAYS[way]) for way in ways):
             kept, seconds = [], []
             for seed, draw in enumerate(draws):
                 model, started = copy.deepcopy(dense), time.perf_counter()
@@ -219,13 +219,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help=f"{BEST!r} must be one")
     options = parser.parse_args()
     quiet_libraries()
     split = sentences(options.data)
     dense = dense_model(options.work, split)
     train, held_out = encoded(dense, split["train"]), encoded(dense, split["dev"] + split["test"])
     judge = Judge(dense, held_out)
-    rows, narrowed = measure_ways(dense, train, judge, options.seeds)
+    rows, narrowed = measure_ways(dense, train, judge, options.seeds, options.ways)
     for share, name in NAMES.items():
         rows.append(speed_row(dense, narrowed[share, BEST], held_out, name))
     if options.epochs:
