@@ -77,12 +77,11 @@ def _logits(model, rows):
 
 def test_several_teachers_are_one_with_the_logarithm_of_their_mean_probability(tiny_model, rows):
     teachers, given = [tiny_model(blocks=1), tiny_model(blocks=2)], encoded(tiny_model(), rows[:9])
-    taught = np.array(
-        with_teachers(given, [given] * len(teachers), teachers, TASK, Progress(quiet=True))["teacher_logits"]
-    )
+    quiet = Progress(quiet=True)
+    taught = np.array(with_teachers(given, [given] * 2, teachers, TASK, False, quiet)["teacher_logits"])
     each = [torch.tensor(_logits(teacher, given)).double().softmax(1).numpy() for teacher in teachers]
     np.testing.assert_allclose(np.exp(taught), np.mean(each, axis=0), atol=1e-6)
-    alone = np.array(with_teachers(given, [given], teachers[:1], TASK, Progress(quiet=True))["teacher_logits"])
+    alone = np.array(with_teachers(given, [given], teachers[:1], TASK, False, quiet)["teacher_logits"])
     np.testing.assert_array_equal(alone.astype(np.float32), _logits(teachers[0], given))
 
 
