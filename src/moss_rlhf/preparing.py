@@ -14,7 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moss_rlhf.augmenting import Augmentation, augment
-from moss_rlhf.checking import check_folds, check_labels, check_output, check_rows, check_stages, trains_on_copies
+from moss_rlhf.checking import (
+    check_folds,
+    check_labels,
+    check_output,
+    check_rows,
+    check_stages,
+    source_of,
+    trains_on_copies,
+)
 from moss_rlhf.curating import curate
 from moss_rlhf.data import Splits, load_splits
 from moss_rlhf.files import digest, file_digest
@@ -288,7 +296,7 @@ class Session:
 
 def prepare(recipe: Recipe, place: RunDirectory, progress: Progress, threads: int) -> Session:
     """Read the data and tokenize it, find the model, name every stage's folder."""
-    task, source = TASKS[recipe.task], locate(recipe.model)
+    task, source = TASKS[recipe.task], source_of(recipe)
     check_stages(recipe, source)
     check_rows(recipe)
     if not (place.path / "stages").exists():  # a run that goes on has taken its space already

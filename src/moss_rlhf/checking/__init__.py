@@ -9,6 +9,7 @@ from moss_rlhf.checking.rows import (
     operation_names,
     trains_on_copies,
 )
+from moss_rlhf.checking.source import source_of
 from moss_rlhf.checking.stages import check_output, check_stages
 from moss_rlhf.checking.whole import Check, check, settled
 
@@ -24,5 +25,6 @@ __all__ = [
     "check_stages",
     "operation_names",
     "settled",
+    "source_of",
     "trains_on_copies",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moss_rlhf.checking.source import named
 from moss_rlhf.data.cleaning import check_packages
 from moss_rlhf.errors import DataError, ModelError, RecipeError, nearest
 from moss_rlhf.model.config import KEY, read_config, trained_labels
@@ -83,7 +84,7 @@ def check_labels(recipe: Recipe, config: dict[str, Any], labels: Sequence[str]) 
     known = trained_labels(config)
     if KEY in config and known is not None and set(known) != set(labels):
         raise ModelError(
-            f"model: {recipe.model} was trained for the labels {', '.join(known)}; the data has {', '.join(labels)}. "
+            f"model: {named(recipe)} was trained for the labels {', '.join(known)}; the data has {', '.join(labels)}. "
             "Give data with the same labels (data.labels renames them), or start from the pretrained model."
         )
 

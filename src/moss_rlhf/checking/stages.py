@@ -12,6 +12,7 @@ from moss_rlhf.checking.exports import check_compressed_tensors, check_export, c
 from moss_rlhf.checking.fields import training_of
 from moss_rlhf.checking.network import initial_state
 from moss_rlhf.checking.shapes import shapes_after
+from moss_rlhf.checking.source import named
 from moss_rlhf.checking.teachers import ARTICLES, layer_count
 from moss_rlhf.checking.trainings import check_finetuning, check_pretraining
 from moss_rlhf.data.texts import read_texts
@@ -83,7 +84,7 @@ def _check_family(recipe: Recipe, config: dict[str, Any]) -> None:
     fitting = ", ".join(sorted(name for name, family in FAMILIES.items() if family.kind == task.families))
     other = next(name for name, served in TASKS.items() if served.families == kind)
     raise ModelError(
-        f"model: {recipe.model} is {ARTICLES[kind]} ({config['model_type']}), and {recipe.task} takes "
+        f"model: {named(recipe)} is {ARTICLES[kind]} ({config['model_type']}), and {recipe.task} takes "
         f"{ARTICLES[task.families]}: {fitting}. Give one of these, or set task: {other}."
     )
 

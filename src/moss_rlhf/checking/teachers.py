@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moss_rlhf.checking.source import named, source_of
 from moss_rlhf.errors import ModelError, RecipeError
 from moss_rlhf.model.anatomy import BlockShape, family_of
 from moss_rlhf.model.config import block_shapes, read_config, trained_labels
@@ -50,7 +51,7 @@ def check_teacher(recipe: Recipe, index: int, teacher: str, config: dict[str, An
         )
     if parent == 0 and TASKS[recipe.task].has_classes and trained_labels(config) is None:
         raise RecipeError(
-            f"{field}: 'parent' would be {recipe.model}, whose head was never trained. Put a finetune stage first, or "
+            f"{field}: 'parent' would be {named(recipe)}, whose head was never trained. Put a finetune stage first, or "
             "give the directory of a trained checkpoint."
         )
 
@@ -60,7 +61,7 @@ def _check_foreign_teacher(recipe: Recipe, teacher: str, field: str) -> None:
     kind = family_of(read_config(locate(teacher, field))["model_type"]).kind
     if kind != TASKS[recipe.task].families:
         raise RecipeError(f"{field}: {teacher} is {ARTICLES[kind]}, which does not serve {recipe.task}.")
-    _check_vocabulary(locate(recipe.model), locate(teacher, field), field)
+    _check_vocabulary(source_of(recipe), locate(teacher, field), field)
 
 
 def _check_vocabulary(place: Path, teacher: Path, field: str) -> None:

@@ -17,10 +17,10 @@ from moss_rlhf.checking.rows import (
     left_for_later,
     token_lengths,
 )
+from moss_rlhf.checking.source import source_of
 from moss_rlhf.checking.stages import check_output, check_stages
 from moss_rlhf.data import DataCheck, check_data
 from moss_rlhf.model.config import position_limit, read_config, trained_labels
-from moss_rlhf.model.locate import locate
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import Recipe, settle_distillation, stage_spec
 from moss_rlhf.tasks import TASKS
@@ -44,7 +44,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
 
     raises   UserError: the first fault found, in the order model, stages, output, data.
     """
-    place = locate(recipe.model)
+    place = source_of(recipe)
     config = read_config(place)
     asked, recipe = recipe, settled(recipe)
     check_stages(recipe, place)
@@ -81,7 +81,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
 
 def settled(recipe: Recipe) -> Recipe:
     """The recipe with what depends on the model decided: whether `distill: auto` finds a parent that was trained."""
-    serves = not TASKS[recipe.task].has_classes or trained_labels(read_config(locate(recipe.model))) is not None
+    serves = not TASKS[recipe.task].has_classes or trained_labels(read_config(source_of(recipe))) is not None
     return settle_distillation(recipe, serves)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +30,7 @@ from moss_rlhf.finetuning.ingredients import (
     with_teachers,
 )
 from moss_rlhf.finetuning.layers import layer_groups
-from moss_rlhf.finetuning.mixing import MixedObjective, refuse_mixing_with
+from moss_rlhf.finetuning.mixing import MixedObjective
 from moss_rlhf.finetuning.objective import Objective
 from moss_rlhf.finetuning.options import (
     Adapter,
@@ -51,24 +50,23 @@ from moss_rlhf.finetuning.options import (
     option,
 )
 from moss_rlhf.finetuning.packed_documents import check_packing
+from moss_rlhf.finetuning.pairs import refuse_pairs
 from moss_rlhf.finetuning.pieces import Pieces
-from moss_rlhf.finetuning.planning import Layers, damage_of, epochs_of, phases_of, timetable_of
+from moss_rlhf.finetuning.planning import Layers, course_of
 from moss_rlhf.finetuning.prefix_cache import Still, frozen_at
 from moss_rlhf.finetuning.running import (
+    Loop,
     Precision,
     Training,
-    compiled_by_time,
     evaluation_steps,
     judge_of,
-    run_plan,
     trackers,
-    training_arguments,
+    train_network,
     training_folder,
-    training_of,
     uses_bfloat16,
 )
 from moss_rlhf.finetuning.sampling import epoch_batches
-from moss_rlhf.finetuning.trainer import SAVE_EVERY_SECONDS, LayerwiseTrainer, Plan, checkpoints
+from moss_rlhf.finetuning.trainer import SAVE_EVERY_SECONDS, Plan, checkpoints
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.reinitialise import draw_blocks
 from moss_rlhf.progress import Progress
@@ -173,46 +171,41 @@ def finetune(
     """
     if model.quantization:
         raise ModelError("finetune: the model is quantized already; fine-tune it before, then quantize.")
-    if movement and l1:
-        raise RecipeError("finetune: movement and l1 both choose what becomes zero. Leave one of them out.")
-    if adapter and (movement or quantization_aware or l1 or l2_start or reinitialise or phases):
-        raise RecipeError(
-            "finetune.adapter: the weights below adapters stand still, so movement, quantization_aware, l1, l2_start, "
-            "reinitialise and phases have nothing to work on. Leave them out, or adapter."
-        )
-    if compile != "off" and (movement or quantization_aware or adapter):
-        raise RecipeError(
-            "finetune.compile: movement, quantization_aware and adapter change what the network runs. Leave one out."
-        )
-    if mixup:
-        others = {"teacher's answer": teacher is not None, "loss": loss is not None, "compiled block": compile != "off"}
-        refuse_mixing_with(others)
-    task = TASKS[model.task]
+    refuse_pairs(
+        movement=movement,
+        quantization_aware=quantization_aware,
+        l1=l1,
+        l2_start=l2_start,
+        reinitialise=reinitialise,
+        phases=phases,
+        adapter=adapter,
+        compile=compile != "off",
+        mixup=mixup,
+        loss=loss,
+        teacher=teacher is not None,
+    )
+    task, progress = TASKS[model.task], progress or Progress(quiet=True)
     train, validation = _rows(model, train, "train"), _rows(model, validation, "validation")
-    stopping, progress = option(EarlyStopping, early_stopping, "early_stopping"), progress or Progress(quiet=True)
     if packing:
         check_packing(model, train)
     batches = epoch_batches(train["length"], batch_size, seed, bucketing=length_bucketing, tokens=batch_tokens)
     groups = tuple(layer_groups(model.network))
-    names = [group.name for group in groups]
-    planned = phases_of(phases, {group.name: len(group.parameters) for group in groups}, unfreeze)
-    epochs = epochs_of(epochs, planned)
-    steps = epochs * len(batches)
     shape = option(Schedule, named(schedule), "schedule") or Schedule()
-    timetable = timetable_of(
-        names,
-        planned,
-        unfreeze=unfreeze,
-        steps=steps,
+    course = course_of(
+        groups,
+        model.sensitivity,
+        epochs=epochs,
         steps_per_epoch=len(batches),
+        phases=phases,
+        unfreeze=unfreeze,
         learning_rate=learning_rate,
         schedule=shaped(shape.name, shape.power, shape.decay),
         warmup=warmup,
         layer_decay=layer_decay,
-        damage=damage_of(model.sensitivity, names) if layers == "by_damage" else None,
+        layers=layers,
     )
+    steps, timetable, bfloat16 = course.steps, course.timetable, uses_bfloat16(precision)
     labelled = labelled_by(model, task, option(Loss, loss, "loss"), train)
-    bfloat16 = uses_bfloat16(precision)
     taught = option(Distillation, distill, "distill") or Distillation()
     teachers = teachers_of(model, teacher)
     tutor = tutor_of(model, teachers, taught)
@@ -220,11 +213,11 @@ def finetune(
         draw_blocks(model.network, reinitialise, seed, model.pruned)
     asked = option(Adapter, adapter, "adapter")
     with training_folder(workspace) as folder, _adapted(model, asked, seed) as adapters:
-        groups = adapters.groups if adapters else groups
+        moving = adapters.groups if adapters else groups
         companions: list[Companion] = [
             *([Imitation(model, tutor, taught, learning_rate, seed)] if tutor and taught.inside else []),
             *([adapters] if adapters else []),
-            *penalties(model, groups, l2, l2_start, l1),
+            *penalties(model, moving, l2, l2_start, l1),
             KeptZeros(model.pruned),
             *masks(model, movement, quantization_aware, timetable, steps),
         ]
@@ -243,18 +236,18 @@ def finetune(
             obstacle=obstacle_to_cache(companions, packing, compile),
             progress=progress,
         )
+        still = Still(model.network, [group.name for group in groups], timetable)
         method = option(Optimizer, named(optimizer), "optimizer") or Optimizer()
+        stopping = option(EarlyStopping, early_stopping, "early_stopping")
         plain = Objective(task, teaching_of(task, teachers, tutor, taught), labelled)
-        objective = MixedObjective(model, mixup, seed) if mixup else plain
-        still = Still(model.network, names, timetable)
         plan = Plan(
-            groups=groups,
+            groups=moving,
             timetable=timetable,
-            objective=objective,
+            objective=MixedObjective(model, mixup, seed) if mixup else plain,
             companions=Companions([still, *([caching] if caching else []), *companions]),
             optimizer=method,
             weight_decay=method.decay(weight_decay),
-            evaluate_at=evaluation_steps(len(batches), epochs, evaluations_per_epoch),
+            evaluate_at=evaluation_steps(len(batches), course.epochs, evaluations_per_epoch),
             steps=steps,
             judge=judge_of(task, metric, since=max((each.settled for each in companions), default=0)),
             patience=stopping.patience if stopping else None,
@@ -262,31 +255,29 @@ def finetune(
             dimensions=model.dimensions,
             plateau=plateau_of(shape),
         )
-        trainer = LayerwiseTrainer(
-            plan=plan,
-            evaluator=lambda: evaluate_loss(model, validation, task),
+        loop = Loop(
+            folder=folder,
             batches=batches,
-            pieces=Pieces(micro_batch_size),
+            epochs=course.epochs,
+            batch_size=batch_size,
+            max_gradient_norm=max_gradient_norm,
+            bfloat16=bfloat16,
+            seed=seed,
+            save_every_seconds=save_every_seconds,
             progress=progress,
-            network=model.network,
-            arguments=training_arguments(
-                folder,
-                epochs=epochs,
-                batch_size=batch_size,
-                steps=steps,
-                max_gradient_norm=max_gradient_norm,
-                bfloat16=bfloat16,
-                checkpointing=gradient_checkpointing,
-                report_to=trackers(report_to),
-                seed=seed,
-            ),
-            collate=lambda rows: _collate(rows, model, task, packing),
-            train=_with_positions(train),
+            pieces=Pieces(micro_batch_size),
+            checkpointing=gradient_checkpointing,
+            compile=compile,
+            report_to=trackers(report_to),
         )
-        facts = compiled_by_time(trainer, compile, folder)
-        facts |= run_plan(trainer, folder, save_every_seconds, progress)
-    training = training_of(trainer, bfloat16)
-    return dataclasses.replace(training, facts=training.facts | facts)
+        return train_network(
+            model.network,
+            plan,
+            loop,
+            train=_with_positions(train),
+            evaluator=lambda: evaluate_loss(model, validation, task),
+            collate=lambda rows: _collate(rows, model, task, packing),
+        )
 
 
 def evaluate_loss(model: Model, encoded: Any, task: Task) -> dict[str, float]:

@@ -22,6 +22,8 @@ _TOKENS: Mapping[str, dict[str, str]] = {
 _FRAMES = {"encoder": "[CLS] $A [SEP]", "decoder": "<s> $A", "encoder-decoder": "$A </s>"}
 _SENTINELS = 100
 _OWN_TASK = {"encoder": "text-classification", "decoder": "text-generation", "encoder-decoder": "translation"}
+_MISFITS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+"""Whatever a family says of sizes that don't fit one another, each in its own way."""
 _LONGEST = 512  # tokens, where the sizes name no limit
 
 
@@ -97,6 +99,7 @@ def learned_tokenizer(texts: Sequence[str], kind: str, vocabulary: int, longest:
 
 
 def _network(config: Mapping[str, Any], tokenizer: Any, kind: str, labels: Sequence[str] | None, seed: int) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     values = {name: value for name, value in config.items() if name not in ("model_type", "architectures")}
@@ -104,9 +107,20 @@ def _network(config: Mapping[str, Any], tokenizer: Any, kind: str, labels: Seque
     starts = {"decoder_start_token_id": tokenizer.pad_token_id} if kind == "encoder-decoder" else {}
     names = dict(enumerate(labels or ()))
     classes = {"id2label": names, "label2id": {name: index for index, name in names.items()}} if names else {}
-    ready = AutoConfig.for_model(
-        config["model_type"], **(values | ids | starts | classes | {"vocab_size": len(tokenizer)})
-    )
+    filled_in = ids | starts | classes | {"vocab_size": len(tokenizer)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return TASKS[_OWN_TASK[kind]].auto_class().from_config(ready).eval()
+        try:
+            ready = AutoConfig.for_model(config["model_type"], **(values | filled_in))
+            return TASKS[_OWN_TASK[kind]].auto_class().from_config(ready).eval()
+        except (
+            StrictDataclassError,
+            ArithmeticError,
+            AssertionError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            # whatever a family says of sizes that don't fit one another, each in its own way
+            raise ModelError(f"from_scratch.config: no {config['model_type']} of such sizes: {error}") from None

@@ -59,10 +59,3 @@ def _mixing(
         yield found
     finally:
         handle.remove()
-
-
-def refuse_mixing_with(others: Mapping[str, bool]) -> None:
-    """RecipeError where something else decides about the labels, too."""
-    for name, present in others.items():
-        if present:
-            raise RecipeError(f"finetune.mixup: mixed rows have no {name} of their own. Leave one of them out.")

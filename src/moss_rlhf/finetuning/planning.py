@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from moss_rlhf.errors import ModelError, RecipeError, nearest
-from moss_rlhf.finetuning.layers import damage_multipliers, damage_order, layer_learning_rates
+from moss_rlhf.finetuning.layers import LayerGroup, damage_multipliers, damage_order, layer_learning_rates
 from moss_rlhf.finetuning.options import Phase, option
 from moss_rlhf.finetuning.timetable import Phases, Stretch, Thaw, Timetable, head_first
 from moss_rlhf.model.damage import block_damage
@@ -14,6 +15,52 @@ from moss_rlhf.strategy import SCHEDULES, Schedule, Unfreeze, shaped
 
 Layers = Literal["by_depth", "by_damage"]
 EPOCHS = 3  # where neither `epochs` nor `phases` says otherwise
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long a training is, and what trains when."""
+
+    epochs: int
+    steps: int
+    timetable: Timetable
+
+
+def course_of(
+    groups: Sequence[LayerGroup],
+    sensitivity: Mapping[str, Any] | None,
+    *,
+    epochs: int | None,
+    steps_per_epoch: int,
+    phases: Sequence[Phase | Mapping[str, Any]] | None,
+    unfreeze: Unfreeze,
+    learning_rate: float,
+    schedule: Schedule,
+    warmup: float,
+    layer_decay: float,
+    layers: Layers,
+) -> Course:
+    """The course of a training, from what `finetune` is told of epochs, phases, rates and layers.
+
+    sensitivity   the model's, which `layers: by_damage` reads.
+    raises        RecipeError or ModelError where they can't be; see `phases_of`, `epochs_of`, `damage_of`.
+    """
+    names = [group.name for group in groups]
+    planned = phases_of(phases, {group.name: len(group.parameters) for group in groups}, unfreeze)
+    count = epochs_of(epochs, planned)
+    timetable = timetable_of(
+        names,
+        planned,
+        unfreeze=unfreeze,
+        steps=count * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        warmup=warmup,
+        layer_decay=layer_decay,
+        damage=damage_of(sensitivity, names) if layers == "by_damage" else None,
+    )
+    return Course(count, count * steps_per_epoch, timetable)
 
 
 def phases_of(

@@ -21,20 +21,18 @@ from moss_rlhf.finetuning.language_head import language_network
 from moss_rlhf.finetuning.layers import layer_groups, layer_learning_rates
 from moss_rlhf.finetuning.options import EarlyStopping, Optimizer, option
 from moss_rlhf.finetuning.packing import Packed, pack
-from moss_rlhf.finetuning.pieces import Pieces
 from moss_rlhf.finetuning.restoring import Kind, Restoring, Words, kind_for
 from moss_rlhf.finetuning.running import (
+    Loop,
     Precision,
     Training,
     evaluation_steps,
-    run_plan,
-    training_arguments,
+    train_network,
     training_folder,
-    training_of,
     uses_bfloat16,
 )
 from moss_rlhf.finetuning.sampling import epoch_batches
-from moss_rlhf.finetuning.trainer import SAVE_EVERY_SECONDS, LayerwiseTrainer, Plan
+from moss_rlhf.finetuning.trainer import SAVE_EVERY_SECONDS, Plan
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.progress import Progress
 from moss_rlhf.strategy import SCHEDULES, Judge, Schedule
@@ -119,30 +117,27 @@ def pretrain(
         dimensions=_dimensions(network, model, task),
     )
     with training_folder(workspace) as folder:
-        trainer = LayerwiseTrainer(
-            plan=plan,
-            evaluator=lambda: task.measure(network, validation),
+        loop = Loop(
+            folder=folder,
             batches=batches,
-            pieces=Pieces(),
+            epochs=epochs,
+            batch_size=batch_size,
+            max_gradient_norm=max_gradient_norm,
+            bfloat16=bfloat16,
+            seed=seed,
+            save_every_seconds=save_every_seconds,
             progress=progress,
-            network=network,
-            arguments=training_arguments(
-                folder,
-                epochs=epochs,
-                batch_size=batch_size,
-                steps=steps,
-                max_gradient_norm=max_gradient_norm,
-                bfloat16=bfloat16,
-                checkpointing=False,
-                report_to=[],
-                seed=seed,
-            ),
-            collate=lambda rows: task.collate(rows, batches.epoch),
-            train=train,
+            title="pretraining",
         )
-        run_plan(trainer, folder, save_every_seconds, progress, title="pretraining")
+        training = train_network(
+            network,
+            plan,
+            loop,
+            train=train,
+            evaluator=lambda: task.measure(network, validation),
+            collate=lambda rows: task.collate(rows, batches.epoch),
+        )
     model.network.cpu().eval()
-    training = training_of(trainer, bfloat16)
     facts = {
         "objective": task.kind,
         "head": head,

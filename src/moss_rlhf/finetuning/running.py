@@ -6,9 +6,9 @@ import importlib.util
 import itertools
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,9 @@ from moss_rlhf.finetuning.compiling import Compile, compile_where_it_pays, undo
 from moss_rlhf.finetuning.dropout import quick_dropout
 from moss_rlhf.finetuning.heap import kept_memory
 from moss_rlhf.finetuning.options import Averaging
-from moss_rlhf.finetuning.trainer import BEST, Conductor, LayerwiseTrainer, checkpoints
+from moss_rlhf.finetuning.pieces import Pieces
+from moss_rlhf.finetuning.sampling import EpochBatches
+from moss_rlhf.finetuning.trainer import BEST, Conductor, LayerwiseTrainer, Plan, checkpoints
 from moss_rlhf.model.processor import fast_bfloat16, processor_flags
 from moss_rlhf.model.replay import without_cache
 from moss_rlhf.progress import Progress
@@ -97,40 +99,84 @@ def training_folder(workspace: Path | None) -> Iterator[Path]:
             yield Path(folder)
 
 
-def training_arguments(
-    folder: Path,
+@dataclass(frozen=True)
+class Loop:
+    """How the Trainer goes over the rows, whatever is learned of them.
+
+    folder   where checkpoints are written, and looked for.
+    pieces   how a batch is cut where memory does not hold it.
+    """
+
+    folder: Path
+    batches: EpochBatches
+    epochs: int
+    batch_size: int
+    max_gradient_norm: float
+    bfloat16: bool
+    seed: int
+    save_every_seconds: float
+    progress: Progress
+    title: str = "fine-tuning"
+    pieces: Pieces = field(default_factory=Pieces)
+    checkpointing: bool = False
+    compile: Compile = "off"
+    report_to: Sequence[str] = ()
+
+
+def train_network(
+    network: Any,
+    plan: Plan,
+    loop: Loop,
     *,
-    epochs: int,
-    batch_size: int,
-    steps: int,
-    max_gradient_norm: float,
-    bfloat16: bool,
-    checkpointing: bool,
-    report_to: list[str],
-    seed: int,
-) -> TrainingArguments:
+    train: Any,
+    evaluator: Callable[[], dict[str, float]],
+    collate: Callable[[Any], Any],
+) -> Training:
+    """Train `network` by a plan, from the folder's last checkpoint on, and leave the weights of its best evaluation.
+
+    train       the rows, by position.
+    evaluator   measures the network on validation: {"loss", metric: value}.
+    collate     from rows to a batch.
+    raises      Interrupted after Ctrl-C, once a checkpoint is written.
+    """
+    trainer = LayerwiseTrainer(
+        plan=plan,
+        evaluator=evaluator,
+        batches=loop.batches,
+        pieces=loop.pieces,
+        progress=loop.progress,
+        network=network,
+        arguments=_arguments(loop, plan.steps),
+        collate=collate,
+        train=train,
+    )
+    facts = _compiled_by_time(trainer, loop) | _run(trainer, loop)
+    return _training_of(trainer, loop.bfloat16, facts)
+
+
+def _arguments(loop: Loop, steps: int) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=batch_size,
-        max_grad_norm=max_gradient_norm,
-        bf16=bfloat16,
-        activation_checkpointing=checkpointing,
+        output_dir=str(loop.folder),
+        num_train_epochs=loop.epochs,
+        per_device_train_batch_size=loop.batch_size,
+        max_grad_norm=loop.max_gradient_norm,
+        bf16=loop.bfloat16,
+        activation_checkpointing=loop.checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=not torch.cuda.is_available(),
-        seed=seed,
+        seed=loop.seed,
         eval_strategy="no",
         save_strategy="no",  # the conductor decides
         logging_steps=max(1, steps // _LOGGED_POINTS),
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to=report_to,
+        report_to=list(loop.report_to),
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 
 
-def compiled_by_time(trainer: LayerwiseTrainer, wanted: Compile, folder: Path) -> dict[str, Any]:
+def _compiled_by_time(trainer: LayerwiseTrainer, loop: Loop) -> dict[str, Any]:
     """Compile the network, or leave it, by the time of a few real batches."""
 
     def step(rows: Sequence[int]) -> None:
@@ -141,18 +187,16 @@ def compiled_by_time(trainer: LayerwiseTrainer, wanted: Compile, folder: Path) -
 
     some = list(itertools.islice(trainer.batches, _TIMED_BATCHES))
     trainer.model.train()
-    return compile_where_it_pays(trainer.model, wanted, some, step, trainer.plan.steps, folder)
+    return compile_where_it_pays(trainer.model, loop.compile, some, step, trainer.plan.steps, loop.folder)
 
 
-def run_plan(
-    trainer: LayerwiseTrainer, folder: Path, save_every_seconds: float, progress: Progress, title: str = "fine-tuning"
-) -> dict[str, Any]:
+def _run(trainer: LayerwiseTrainer, loop: Loop) -> dict[str, Any]:
     """Run to the end or to an interruption; leaves the best weights and returns the companions' facts."""
-    shutil.rmtree(folder / "partial", ignore_errors=True)  # a killed run's half-written checkpoint
-    last = checkpoints(folder)[-1:]
+    shutil.rmtree(loop.folder / "partial", ignore_errors=True)  # a killed run's half-written checkpoint
+    last = checkpoints(loop.folder)[-1:]
     set_seed(trainer.args.seed)
-    with without_cache(trainer.model), _swift(trainer), progress.bar(title, trainer.plan.steps) as bar:
-        conductor = Conductor(trainer, bar, save_every_seconds)
+    with without_cache(trainer.model), _swift(trainer), loop.progress.bar(loop.title, trainer.plan.steps) as bar:
+        conductor = Conductor(trainer, bar, loop.save_every_seconds)
         trainer.add_callback(conductor)
         try:
             with conductor.catching_interrupt():
@@ -167,8 +211,8 @@ def run_plan(
     if conductor.stop_requested.is_set():
         raise Interrupted("stopped at the last step; run again to go on from the checkpoint before")
     trainer.model.cpu()
-    load_model(trainer.model, folder / BEST)
-    facts = _averaged(trainer, folder) if trainer.plan.average else {}
+    load_model(trainer.model, loop.folder / BEST)
+    facts = _averaged(trainer, loop.folder) if trainer.plan.average else {}
     trainer.model.eval()
     return facts | trainer.plan.companions.finish()
 
@@ -197,7 +241,7 @@ def _averaged(trainer: LayerwiseTrainer, folder: Path) -> dict[str, Any]:
     return {"average": {"of_steps": steps, f"validation_{name}": found[f"eval_{name}"], "kept": kept}}
 
 
-def training_of(trainer: LayerwiseTrainer, bfloat16: bool) -> Training:
+def _training_of(trainer: LayerwiseTrainer, bfloat16: bool, found: dict[str, Any]) -> Training:
     log = trainer.state.log_history
     judge = trainer.plan.judge
     best = judge.best(log)
@@ -221,7 +265,7 @@ def training_of(trainer: LayerwiseTrainer, bfloat16: bool) -> Training:
             for entry in evaluations
         ],
     }
-    return Training(facts, history, float(trainer.state.total_flos))
+    return Training(facts | found, history, float(trainer.state.total_flos))
 
 
 def _pick(entry: Mapping[str, float], *names: str) -> dict[str, float]:

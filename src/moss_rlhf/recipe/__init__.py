@@ -36,6 +36,7 @@ from moss_rlhf.recipe.reading import (
     with_values,
 )
 from moss_rlhf.recipe.schema import EvaluateSpec, Recipe, settle_distillation, stages_before_compression
+from moss_rlhf.recipe.scratch import ScratchSpec
 from moss_rlhf.recipe.search import RangeSpec, SearchSpec
 from moss_rlhf.recipe.stages import stage_kind, stage_spec
 
@@ -65,6 +66,7 @@ __all__ = [
     "RangeSpec",
     "Recipe",
     "ScheduleSpec",
+    "ScratchSpec",
     "SearchSpec",
     "SensitivitySpec",
     "ShortenSpec",

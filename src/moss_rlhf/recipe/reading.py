@@ -222,7 +222,7 @@ _RULES = {
 _UNION_TAGS = frozenset(
     {
         *("float", "int", "str", "constrained-int", "constrained-float"),
-        *("SplitLayout", "CacheSpec", "DistillSpec", "OptimizerSpec", "ScheduleSpec"),
+        *("SplitLayout", "CacheSpec", "DistillSpec", "OptimizerSpec", "ScheduleSpec", "ScratchSpec"),
     }
 )
 

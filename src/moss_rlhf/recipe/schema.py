@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from moss_rlhf.recipe.compression import QuantizeSpec
 from moss_rlhf.recipe.data import DataSpec
 from moss_rlhf.recipe.finetuning import DistillSpec, FinetuneSpec, QuantizationAwareSpec
+from moss_rlhf.recipe.scratch import ScratchSpec
 from moss_rlhf.recipe.search import SearchSpec
 from moss_rlhf.recipe.spec import Positive, Spec
 from moss_rlhf.recipe.stages import FinetuneStage, Stage, allow_short_forms, stage_kind, stage_spec
@@ -36,7 +37,7 @@ class Recipe(Spec):
     """Everything that a run does. Two equal recipes on one machine give the same bits."""
 
     task: Literal["text-classification", "text-generation", "translation"]
-    model: str = Field(description="hub id or local directory")
+    model: str | ScratchSpec = Field(description="hub id, local directory, or what to begin from scratch with")
     data: DataSpec
     stages: list[Stage] = Field(min_length=1, json_schema_extra=allow_short_forms)
     search: SearchSpec | None = Field(None, description="find the best values of some fields on validation first")

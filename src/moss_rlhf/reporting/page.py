@@ -36,7 +36,7 @@ def render_page(report: Report) -> str:
     """The page as text. Texts and names of the report are escaped; equal reports give equal pages."""
     text: str = _template().render(
         report=report,
-        title=f"{Path(report['recipe']['model']).name} · {wording.name_in_words(report['task'])}",
+        title=f"{_model_in_words(report['recipe']['model'])} · {wording.name_in_words(report['task'])}",
         summary=summary,
         tiles=_tiles(report),
         rows=table.rows(report),
@@ -53,6 +53,10 @@ def render_page(report: Report) -> str:
         plotly_script=charts.plotly_script(),
     )
     return text
+
+
+def _model_in_words(model: str | Mapping[str, Any]) -> str:
+    return Path(model).name if isinstance(model, str) else f"{model['config']['model_type']} from scratch"
 
 
 def _template() -> Template:
