@@ -70,7 +70,11 @@ def test_it_is_made_once_and_named_by_what_decides_it(recipe, tmp_path):
         ({"model.config.hidden_size": 33}, ModelError, r"model\.config: no bert of such sizes: .*33.* not a multiple"),
         ({"model.config.hidden_size": "wide"}, ModelError, r"model\.config: no bert of such sizes: .*hidden_size"),
         ({"model.config.model_type": "brt"}, ModelError, "'brt' is not known"),
-        ({"model.config.model_type": "gpt2", "model.vocabulary": 400}, ModelError, "model: the model from scratch is a decoder"),
+        (
+            {"model.config.model_type": "gpt2", "model.vocabulary": 400},
+            ModelError,
+            "model: the model from scratch is a decoder",
+        ),
         ({"model.texts": "none.txt"}, DataError, r"model\.texts: there is no file none\.txt"),
         ({"model.vocabulary": 9}, DataError, r"model\.vocabulary: 9 tokens don't hold"),
     ],

@@ -10,7 +10,8 @@ import yaml
 from moss_rlhf.errors import MossError, RecipeError, UserError
 from moss_rlhf.pipeline import run
 from moss_rlhf.progress import Progress
-from moss_rlhf.recipe import make_recipe
+from moss_rlhf.recipe import make_recipe, with_values
+from moss_rlhf.reporting.search import terminal_line, winner_in_words
 from moss_rlhf.searching import Measured, mean_interval, search
 
 RATE = "stages.0.finetune.learning_rate"
@@ -58,6 +59,29 @@ def test_it_finds_the_best_and_trains_it_again(tmp_path):
     assert best["value"] > 0.9
     assert found.recipe.search is None
     assert found.facts["winner"]["values"] == pytest.approx([best["value"] + 1e-3, best["value"] + 2e-3])
+
+
+def test_trials_on_a_part_and_the_winner_on_all(tmp_path):
+    seen = []
+
+    def counting(recipe, metric, progress):
+        seen.append(recipe.data.limit)
+        measured = _accuracy(recipe, metric, progress)
+        return Measured(measured.value, measured.folders, flops=10.0)
+
+    base = make_recipe(BASE | {"data": {"train": "train.csv", "limit": 500}})
+    recipe = with_values(base, {"search": {"space": {RATE: [1e-3]}, "trials": 2, "seeds": 1, "rows": 50}})
+    found = _search(recipe, tmp_path, counting)
+    assert seen == [{"train": 50, "validation": 500, "test": 500}] * 2 + [500]
+    assert found.recipe.data.limit == 500
+    assert found.facts["flops"] == 30.0 and found.facts["rows"] == 50
+
+
+def test_a_winner_that_is_not_trained_again_has_no_interval(tmp_path):
+    found = _search(_recipe(trials=2, seeds=0), tmp_path)
+    assert found.facts["winner"] is None
+    assert "It was not trained again" in winner_in_words(found.facts)
+    assert "again" not in terminal_line(found.facts)
 
 
 def test_only_the_best_trials_stages_stay(tmp_path):

@@ -46,7 +46,8 @@ def run(
         stages = [_do_stage(session, index) for index in range(len(recipe.stages))]
         header, compared = _header(session), _compare(session)
         notes = {"notes": [*header["notes"], *compared["notes"]]}
-        report = header | compared | notes | {"stages": stages, "cost": _cost(session, stages)}
+        cost = _cost(session, stages) | ({"search_flops": found.facts["flops"]} if found else {})
+        report = header | compared | notes | {"stages": stages, "cost": cost}
         report |= {"search": found.facts} if found else {}
         write_page(report, place.path / "report.html")
         write_json(place.path / "report.json", report)  # last: it says that all else stands
@@ -60,7 +61,8 @@ def on_validation(recipe: Recipe, metric: str, progress: Progress) -> Measured:
         session = prepare(recipe, place, progress.logging_to(place.log), same_threads())
         stages = [_do_stage(session, index) for index in range(len(recipe.stages))]
     found = stages[-1]["measurement"]["metrics"][metric]["value"]
-    return Measured(found, tuple(folder.path for folder in session.folders))
+    flops = sum(stage["flops"] for stage in stages if not stage["resumed"])
+    return Measured(found, tuple(folder.path for folder in session.folders), flops)
 
 
 def _as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:

@@ -33,10 +33,11 @@ _WARMUP = 5  # trials before the median rule, and before TPE's model
 
 @dataclass(frozen=True)
 class Measured:
-    """What one training came to: the metric on validation, and the folders of its stages."""
+    """What one training came to: the metric on validation, the folders of its stages, the operations it took."""
 
     value: float
     folders: tuple[Path, ...]
+    flops: float = 0.0
 
 
 Measure = Callable[[Recipe, str, Progress], Measured]
@@ -60,7 +61,8 @@ def search(recipe: Recipe, spec: SearchSpec, measure: Measure, folder: Path, pro
         study.run()
         best = study.best_recipe()
         write_text(folder / "best.yaml", recipe_yaml(best))
-        return Found(best, study.facts() | {"winner": study.train_again(best)})
+        again = study.train_again(best)
+        return Found(best, study.facts() | again)
 
 
 @contextmanager
@@ -86,6 +88,7 @@ class _Study:
 
     def __init__(self, recipe: Recipe, spec: SearchSpec, measure: Measure, folder: Path, progress: Progress) -> None:
         self.base, self.spec, self.measure = recipe.model_copy(update={"search": None}), spec, measure
+        self.tried = _on_rows(self.base, spec.rows)
         self.folder, self.progress = folder, progress
         task = TASKS[recipe.task]
         self.metric = spec.metric or task.metric
@@ -93,7 +96,7 @@ class _Study:
         self.journal = folder / "journal.log"
         folder.mkdir(parents=True, exist_ok=True)
         varied = {field: recipe_values(recipe)["search"]["space"][field] for field in spec.space}
-        self.name = digest([recipe_values(self.base), varied, self.metric, spec.stop_bad])[:16]
+        self.name = digest([recipe_values(self.tried), varied, self.metric, spec.stop_bad])[:16]
         self.study = _open_study(self.journal, self.name)
 
     def run(self) -> None:
@@ -136,7 +139,7 @@ class _Study:
             return list(pool.map(_run_trial, jobs))
 
     def _job(self, number: int, worker: int) -> _Job:
-        recipe = with_values(self.base, self._values(number) | {"output": str(self.folder / f"worker-{worker}")})
+        recipe = with_values(self.tried, self._values(number) | {"output": str(self.folder / f"worker-{worker}")})
         return _Job(recipe, self.metric, self.sign, self.measure, self.journal, self.name, number, self.spec.stop_bad)
 
     def _values(self, number: int) -> dict[str, Any]:
@@ -178,15 +181,20 @@ class _Study:
         return with_values(self.base, self._values(best.number))
 
     def train_again(self, best: Recipe) -> dict[str, Any]:
-        """The winner with other seeds: what its metric is worth, luck of the choice left out."""
+        """The winner with other seeds: what its metric is worth, luck of the choice left out; and what all took."""
         values: list[float] = list(self.study.user_attrs.get("again", []))
+        flops: float = self.study.user_attrs.get("again flops", 0.0)
         for seed in range(best.seed + 1 + len(values), best.seed + 1 + self.spec.seeds):
             self.progress.say(f"  the winner again, seed {seed}")
             recipe = with_values(best, {"seed": seed, "output": str(self.folder / "winner")})
-            values.append(self.measure(recipe, self.metric, self.progress).value)
+            measured = self.measure(recipe, self.metric, self.progress)
+            values, flops = [*values, measured.value], flops + measured.flops
             shutil.rmtree(self.folder / "winner" / "stages")
+            self.study.set_user_attr("again flops", flops)
             self.study.set_user_attr("again", values)
-        return {"seeds": len(values), "values": values, **mean_interval(values)}
+        tried = sum(trial.user_attrs["result"].get("flops", 0.0) for trial in self._finished())
+        winner = {"seeds": len(values), "values": values, **mean_interval(values)} if values else None
+        return {"winner": winner, "flops": tried + flops}
 
     def facts(self) -> dict[str, Any]:
         """Every trial: what it tried and what came of it."""
@@ -195,7 +203,18 @@ class _Study:
             | {name: value for name, value in trial.user_attrs["result"].items() if name != "folders"}
             for trial in self._finished()
         ]
-        return {"metric": self.metric, "lower_is_better": self.sign < 0, "split": "validation", "trials": trials}
+        about = {"metric": self.metric, "lower_is_better": self.sign < 0, "split": "validation", "rows": self.spec.rows}
+        return about | {"trials": trials}
+
+
+def _on_rows(recipe: Recipe, rows: int | None) -> Recipe:
+    """The recipe with so many training rows at most; its validation rows stay."""
+    if rows is None:
+        return recipe
+    given = recipe.data.limit
+    limits = dict(given) if isinstance(given, dict) else {} if given is None else {"validation": given, "test": given}
+    most = given if isinstance(given, int) else limits.get("train", rows)
+    return with_values(recipe, {"data.limit": limits | {"train": min(rows, most)}})
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, float | None]:
@@ -262,7 +281,10 @@ class _Job:
 
 
 def _run_trial(job: _Job, progress: Progress | None = None) -> dict[str, Any]:
-    """{"state": done, stopped or failed, "value", "why", "folders"}; the user's and our errors fail the trial alone."""
+    """{"state": done, stopped or failed, "value", "why", "flops", "folders"}; a user's error fails the trial alone.
+
+    What a trial took that came to no end is not known.
+    """
     optuna = _optuna()
     with _quiet():
         study = _open_study(job.journal, job.study)
@@ -271,15 +293,20 @@ def _run_trial(job: _Job, progress: Progress | None = None) -> dict[str, Any]:
         try:
             measured = job.measure(job.recipe, job.metric, watching)
         except optuna.TrialPruned:
-            return {"state": "stopped", "value": None, "why": "below the median of the finished trials", "folders": []}
+            return _unfinished("stopped", "below the median of the finished trials")
         except UserError as error:
-            return {"state": "failed", "value": None, "why": str(error), "folders": []}
+            return _unfinished("failed", str(error))
         return {
             "state": "done",
             "value": measured.value,
             "why": None,
+            "flops": measured.flops,
             "folders": [str(folder) for folder in measured.folders],
         }
+
+
+def _unfinished(state: str, why: str) -> dict[str, Any]:
+    return {"state": state, "value": None, "why": why, "flops": 0.0, "folders": []}
 
 
 class _Watching(Progress):

@@ -22,7 +22,7 @@ from moss_rlhf.checking.stages import check_output, check_stages
 from moss_rlhf.data import DataCheck, check_data
 from moss_rlhf.model.config import position_limit, read_config, trained_labels
 from moss_rlhf.progress import Progress
-from moss_rlhf.recipe import Recipe, settle_distillation, stage_spec
+from moss_rlhf.recipe import Recipe, SearchSpec, settle_distillation, stage_spec
 from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.lengths import choose_max_length, length_facts, row_lengths
 
@@ -36,7 +36,7 @@ class Check:
     parameters: int
     stages: tuple[Forecast, ...]
     notes: tuple[str, ...]
-    trainings: int = 1
+    trainings: float = 1
 
 
 def check(recipe: Recipe, progress: Progress | None = None) -> Check:
@@ -75,8 +75,14 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
         *_decided(asked, recipe),
         *left_for_later(recipe),
     ]
-    trainings = recipe.search.trials + recipe.search.seeds + 1 if recipe.search else 1
+    trainings = _trainings(recipe.search, rows["train"]) if recipe.search else 1
     return Check(data, tokens, state.parameters, stages, (*data.notes, *notes), trainings)
+
+
+def _trainings(search: SearchSpec, rows: int) -> float:
+    """How many trainings on all rows a search comes to, the last one counted."""
+    part = min(1.0, search.rows / rows) if search.rows else 1.0
+    return search.trials * part + search.seeds + 1
 
 
 def settled(recipe: Recipe) -> Recipe:

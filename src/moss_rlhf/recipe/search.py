@@ -45,8 +45,11 @@ class SearchSpec(Spec):
         min_length=1, description="dotted field: a list of values, or {low, high, log, step}"
     )
     trials: Positive = 20
+    rows: Positive | None = Field(None, description="training rows of a trial, a seeded subset; none: all of them")
     metric: str | None = Field(None, description="of validation after the last stage; the task's first, or another")
-    seeds: Positive = Field(3, description="trainings of the winner, for the interval of its metric")
+    seeds: Annotated[int, Field(ge=0)] = Field(
+        3, description="trainings of the winner on all rows, for the interval of its metric"
+    )
     parallel: Positive = Field(1, description="trials at a time, a process each")
     stop_bad: bool = Field(True, description="end a trial that falls below the median of the finished ones")
 
@@ -57,6 +60,12 @@ class SearchSpec(Spec):
                 raise PydanticCustomError(
                     "nothing",
                     "space: {field} is not to be searched; name fields of stages, or of data but for test",
+                    {"field": field},
+                )
+            if self.rows is not None and field.startswith("data.limit"):
+                raise PydanticCustomError(
+                    "nothing",
+                    "space: {field} and rows both say how many rows a trial has; leave one out",
                     {"field": field},
                 )
         return self

@@ -40,7 +40,8 @@ def _stage_lines(check: Check) -> Iterator[str]:
     seconds = sum(stage.seconds for stage in check.stages)
     yield f"training in all: about {_duration(seconds)} on this machine; then export and measuring, a minute or two"
     if check.trainings > 1:
-        yield f"search: up to {check.trainings} such trainings, about {_duration(check.trainings * seconds)} together"
+        together = _duration(check.trainings * seconds)
+        yield f"search: up to {check.trainings:.3g} such trainings, about {together} together"
 
 
 def _duration(seconds: float) -> str:

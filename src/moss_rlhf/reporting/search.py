@@ -48,10 +48,13 @@ def trials_in_words(search: Search) -> str:
 def winner_in_words(search: Search, confidence: float = 0.95) -> str:
     """What the winner is worth when it is trained again, beside what it reached as the best of many."""
     metric, winner, best = search["metric"], search["winner"], sorted_trials(search)[0]
+    part = f", each trained on {search['rows']:,} rows" if search.get("rows") else ""
     chosen = (
-        f"Trial {best['number']} won with {metric} {wording.score(best['value'])} on {search['split']}; the best of "
-        "many is partly luck."
+        f"Trial {best['number']} won with {metric} {wording.score(best['value'])} on {search['split']}{part}; the best "
+        "of many is partly luck."
     )
+    if winner is None:
+        return f"{chosen} It was not trained again with other seeds."
     again = f"Trained again with {_counted(winner['seeds'], 'other seed')}"
     values = ", ".join(wording.score(value) for value in winner["values"])
     if winner["low"] is None:
@@ -64,11 +67,12 @@ def winner_in_words(search: Search, confidence: float = 0.95) -> str:
 def terminal_line(search: Search) -> str:
     """`best of 20 trials 0.912, again with 3 seeds 0.905 (0.894 to 0.916), accuracy on validation`."""
     winner, best = search["winner"], sorted_trials(search)[0]
+    trials = f"best of {_counted(len(search['trials']), 'trial')} {wording.score(best['value'])}"
+    of_what = f"{wording.name_in_words(search['metric'])} on {search['split']}"
+    if winner is None:
+        return f"{trials}, {of_what}"
     again = wording.estimate({"value": winner["mean"], "low": winner["low"], "high": winner["high"]})
-    return (
-        f"best of {_counted(len(search['trials']), 'trial')} {wording.score(best['value'])}, again with "
-        f"{_counted(winner['seeds'], 'seed')} {again}, {wording.name_in_words(search['metric'])} on {search['split']}"
-    )
+    return f"{trials}, again with {_counted(winner['seeds'], 'seed')} {again}, {of_what}"
 
 
 def search_charts(search: Search) -> dict[str, str]:
