@@ -15,6 +15,7 @@ from moss_rlhf.errors import DataError, ModelError, RecipeError
 from moss_rlhf.finetuning.adapters import Adapters
 from moss_rlhf.finetuning.companions import Companion, Companions, KeptZeros
 from moss_rlhf.finetuning.compiling import Compile
+from moss_rlhf.finetuning.heap import bound_kernel_caches
 from moss_rlhf.finetuning.imitation import Imitation
 from moss_rlhf.finetuning.ingredients import (
     caching_of,
@@ -205,6 +206,7 @@ def finetune(
         layers=layers,
     )
     steps, timetable, bfloat16 = course.steps, course.timetable, uses_bfloat16(precision)
+    bound_kernel_caches()
     labelled = labelled_by(model, task, option(Loss, loss, "loss"), train)
     taught = option(Distillation, distill, "distill") or Distillation()
     teachers = teachers_of(model, teacher)

@@ -17,6 +17,7 @@ import numpy as np
 from moss_rlhf.data.texts import read_texts
 from moss_rlhf.errors import DataError, ModelError
 from moss_rlhf.finetuning.companions import Companions, KeptZeros
+from moss_rlhf.finetuning.heap import bound_kernel_caches
 from moss_rlhf.finetuning.language_head import language_network
 from moss_rlhf.finetuning.layers import layer_groups, layer_learning_rates
 from moss_rlhf.finetuning.options import EarlyStopping, Optimizer, option
@@ -99,6 +100,7 @@ def pretrain(
     groups = tuple(layer_groups(network))
     batches = epoch_batches(train.lengths, batch_size, seed, bucketing=not packed)
     steps, bfloat16 = epochs * len(batches), uses_bfloat16(precision)
+    bound_kernel_caches()
     rates = tuple(layer_learning_rates(len(groups) - 2, learning_rate, layer_decay))
     alone = int(head_first * steps) if head == "new" else 0
     before = task.measure(network, validation)
