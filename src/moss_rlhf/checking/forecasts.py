@@ -20,6 +20,7 @@ from moss_rlhf.errors import MachineError
 from moss_rlhf.model import memory
 from moss_rlhf.model.config import group_names
 from moss_rlhf.model.cost import all_block_parameters, macs_per_token, prefix_flops, training_bytes, training_flops
+from moss_rlhf.model.processor import fast_bfloat16, processor_flags
 from moss_rlhf.recipe import (
     CacheSpec,
     EnsembleSpec,
@@ -36,21 +37,14 @@ from moss_rlhf.recipe import (
 )
 from moss_rlhf.strategy import Run, cached_runs, frozen_blocks, lowest_trained
 
-_EFFICIENCY = 0.5  # of a plain matrix product's speed, reached in training (docs/LOG.md)
-
+# of a plain float32 product's speed, what a stage reaches (docs/LOG.md)
+_EFFICIENCY = 0.5
+_EFFICIENCY_IN_BFLOAT16 = 1.0
 
 _LIBRARY_BYTES = 1100 * 2**20  # torch, transformers, datasets, and what their allocators keep (measured)
-
-
 _LOGIT_BYTES = 12  # of a token and word, in training: the logits, their log probabilities, the gradient
-
-
 _BYTES_A_TOKEN = 4.5  # of English text, the space included
-
-
 _REPLAYS = 2  # passes through each block: to measure what enters it, and to hand on what leaves it changed
-
-
 _TRAINING_COST = 3  # a forward and a backward, in forwards
 
 
@@ -70,7 +64,7 @@ def foretell(
     recipe: Recipe, state: State, config: dict[str, Any], rows: dict[str, int], lengths: Sequence[int], longest: int
 ) -> list[Forecast]:
     length = float(np.mean(lengths))
-    rate = _multiplication_rate() * _EFFICIENCY
+    rate = _multiplication_rate()
     forecasts = []
     for stage in recipe.stages:
         spec = stage_spec(stage)
@@ -85,8 +79,15 @@ def foretell(
             flops, peak = work(spec, state, trained, lengths, longest)
         state = state.with_shapes(shapes_after(spec, state.shapes, stage_kind(stage), config))
         macs = macs_per_token(state.dimensions, length)
-        forecasts.append(Forecast(stage_kind(stage), state.parameters, macs, flops / rate, peak, flops))
+        seconds = flops / (rate * _efficiency(spec))
+        forecasts.append(Forecast(stage_kind(stage), state.parameters, macs, seconds, peak, flops))
     return forecasts
+
+
+def _efficiency(spec: object) -> float:
+    training = spec if isinstance(spec, PretrainSpec) else training_of(spec)
+    fast = training is not None and training.precision != "float32" and fast_bfloat16(processor_flags())
+    return _EFFICIENCY_IN_BFLOAT16 if fast else _EFFICIENCY
 
 
 def _work(spec: object, state: State, rows: dict[str, int], lengths: Sequence[int], longest: int) -> tuple[float, int]:
