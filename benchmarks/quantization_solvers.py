@@ -102,7 +102,7 @@ def losses(out_features: int, width: int, bits: int, group_size: int | None, see
     def lost(rounded: Tensor) -> float:
         return output_error(weight - rounded, hessian)
 
-    def by_gptq(grid: Grid, **options: bool) -> float:
+    def by_gptq(grid: Grid, **options: int) -> float:
         return lost(round_by_gptq(weight, hessian, grid, **options).weight)
 
     nearest, plain = lost(round_to_grid(weight, full)), by_gptq(full)
@@ -113,6 +113,8 @@ def losses(out_features: int, width: int, bits: int, group_size: int | None, see
         "AWQ scales, then rounding": awq_scales(weight, hessian, activation, full).error / nearest,
         "GPTQ, symmetric codes": by_gptq(symmetric) / nearest_symmetric,
         "GPTQ, symmetric codes, keep_largest": by_gptq(symmetric, keep_largest=True) / nearest_symmetric,
+        "GPTQ as `quantize` asks for it": by_gptq(symmetric, keep_largest=True, clip=True, sweeps=3)
+        / nearest_symmetric,
         "GPTQ ÷ its published algorithm": plain / lost(published(weight, hessian, bits, group_size)),
         f"GPTQ, scales of {coarse.scale_bits} bits ÷ of 16": by_gptq(coarse) / plain,
     }

@@ -177,6 +177,80 @@ def test_pruned_weights_are_zero_and_the_others_make_up_for_them(options):
     assert output_error(weight - found.weight, hessian) < 0.8 * output_error(weight - plain, hessian)
 
 
+def swept(weight, hessian, found, grid, damping=0.01):
+    """One sweep of arXiv:2309.01885, algorithm 1, in float64, column by column; found: the Solution before it."""
+    hessian = hessian.double() / hessian.diagonal().double().mean()
+    hessian.diagonal().add_(damping)
+    weight, rounded = weight.double(), found.weight.double()
+    width = grid.group_width(weight.shape[1])
+    for column in range(weight.shape[1]):
+        scale, zero = found.scale[:, column // width].double(), found.zero[:, column // width]
+        pull = (weight - rounded) @ hessian[:, column] / hessian[column, column]
+        steps = ((rounded[:, column] + pull) / scale).round()
+        rounded[:, column] = steps.clamp(grid.lowest - zero, grid.highest - zero) * scale
+    return rounded.float()
+
+
+@pytest.mark.parametrize("grid", [integer_grid(4, 50), integer_grid(3, 30, symmetric=False), INT8], ids=str)
+def test_a_sweep_is_the_published_coordinate_descent(grid):
+    weight, hessian = layer(12, 300, 15)
+    before = round_by_gptq(weight, hessian, grid)
+    after = round_by_gptq(weight, hessian, grid, sweeps=1)
+    assert torch.equal(before.scale, after.scale)
+    same = (after.weight - swept(weight, hessian, before, grid)).abs() < 1e-5
+    assert same.float().mean() >= 0.995  # ties in float32
+
+
+@pytest.mark.parametrize("options", [{}, {"activation_order": True}, {"keep_largest": True}, {"clip": True}])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_no_sweep_raises_the_error_and_what_is_left_can_not_be_bettered_by_one_code(options, spread):
+    weight, hessian = layer(9, 140, 16, spread=spread)
+    grid = integer_grid(3, 20)
+    damped = hessian / hessian.diagonal().mean() + 0.01 * torch.eye(140)
+    found = [round_by_gptq(weight, hessian, grid, sweeps=count, **options) for count in (0, 1, 2, 60)]
+    errors = [output_error(weight - each.weight, damped) for each in found]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.98 * errors[0]
+    rounded, scales = found[-1].weight, found[-1].scale.repeat_interleave(20, dim=1)
+    pull = (weight - rounded) @ damped / damped.diagonal()
+    wanted = ((rounded + pull) / scales).round().clamp(grid.lowest, grid.highest)
+    free = torch.ones_like(wanted, dtype=torch.bool)
+    if "keep_largest" in options:  # those codes are held
+        free = (rounded / scales).round().abs() < grid.highest
+    assert torch.equal(wanted[free], (rounded / scales).round()[free])
+
+
+def test_pruned_weights_stay_zero_in_sweeps():
+    weight, hessian = layer(20, 90, 7)
+    pruned = torch.rand(20, 90, generator=torch.Generator().manual_seed(0)) < 0.5
+    found = round_by_gptq(weight, hessian, integer_grid(4, 30), pruned=pruned, clip=True, sweeps=2)
+    assert (found.weight[pruned] == 0).all()
+
+
+def test_a_scale_clips_where_that_rounds_the_other_columns_better():
+    """Codes −1, 0, 1 of one group: 1.0 alone reaches the end, and fifteen columns want 0.75.
+
+    0.75 changes the first column alone, by 0.25: 0.0625 in squares. 0.8: 0.04 + 15 · 0.0025 = 0.0775; 1: 15 · 0.0625.
+    """
+    weight = torch.tensor([[1.0] + 15 * [0.75], 16 * [1.0]])
+    found = round_by_gptq(weight, torch.eye(16), integer_grid(2, 16), clip=True)
+    assert found.scale.flatten().tolist() == pytest.approx([0.75, 1.0], rel=1e-4)
+    assert found.weight[0].tolist() == pytest.approx(16 * [0.75], rel=1e-4)
+    heavy = torch.diag(torch.tensor([1000.0] + 15 * [1.0]))  # the first column carries nearly all of the energy
+    kept = round_by_gptq(weight, heavy, integer_grid(2, 16), clip=True)
+    assert kept.scale.flatten().tolist() == pytest.approx([1.0, 1.0], rel=1e-4)
+
+
+@pytest.mark.parametrize("grid", [integer_grid(4, 40, scale_bits=8), INT8], ids=str)
+def test_clipped_scales_still_follow_from_the_weights(grid):
+    weight, hessian = layer(64, 120, 5)
+    found = round_by_gptq(weight, hessian, grid, keep_largest=True, clip=True, sweeps=3)
+    assert torch.equal(grid_parameters(found.weight, grid)[0], found.scale)
+    assert torch.equal(round_to_grid(found.weight, grid), found.weight)
+    plain = round_by_gptq(weight, hessian, grid, keep_largest=True)
+    assert output_error(weight - found.weight, hessian) < 0.95 * output_error(weight - plain.weight, hessian)
+
+
 @pytest.mark.parametrize("shape", [(1, 7), (7, 1), (6, 7)])
 def test_the_inputs_are_untouched(shape):
     weight, hessian = layer(*shape, 8)
