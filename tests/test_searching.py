@@ -84,6 +84,25 @@ def test_a_winner_that_is_not_trained_again_has_no_interval(tmp_path):
     assert "again" not in terminal_line(found.facts)
 
 
+def test_more_trials_may_find_another_winner_which_is_trained_again_itself(tmp_path):
+    few, many = _recipe(stop_bad=False, trials=1), _recipe(stop_bad=False, trials=12)
+    first, second = _search(few, tmp_path), _search(many, tmp_path)
+    assert first.recipe != second.recipe
+    best = max(trial["value"] for trial in second.facts["trials"])
+    assert second.facts["winner"]["values"] == pytest.approx([best + 1e-3, best + 2e-3])
+    assert second.facts == _search(many, tmp_path).facts
+
+
+def test_pretrainings_accuracy_of_masked_words_ends_no_trial(tmp_path):
+    def pretraining_first(recipe, metric, progress):
+        progress.event("stage started", name="01-pretrain-aaaa")
+        progress.event("evaluated", step=0, accuracy=-recipe.stages[0].finetune.learning_rate)
+        return _accuracy(recipe, metric, Progress(quiet=True))
+
+    found = _search(_recipe(stop_bad=True), tmp_path, pretraining_first)
+    assert {trial["state"] for trial in found.facts["trials"]} == {"done"}
+
+
 def test_only_the_best_trials_stages_stay(tmp_path):
     found = _search(_recipe(stop_bad=False), tmp_path)
     spec = found.recipe.stages[0].finetune

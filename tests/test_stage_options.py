@@ -43,6 +43,28 @@ def test_losses_optimizer_schedule_and_rounding_from_a_recipe(staged):
     assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 1e-3, 2e-3 / 3, 1e-3 / 3])  # the last 3 of 6 fall
 
 
+def test_nested_options_of_an_ensembles_members(tiny_model, rows, tmp_path):
+    """The example of docs/ensemble.md, and more of its kind."""
+    members = {
+        "early_stopping": {"patience": 2},
+        "loss": {"label_smoothing": 0.1},
+        "phases": [{"train": ["head"], "epochs": 1, "learning_rate": 1e-3}],
+    }
+    recipe = make_recipe(
+        {
+            "task": "text-classification",
+            "model": "org/name",
+            "data": {"train": "train.csv"},
+            "stages": [{"ensemble": {"members": 2, "finetune": members}}],
+        }
+    )
+    model = tiny_model(blocks=1)
+    data = encoded(model, rows)
+    context = StageContext(data, data, data, data, 0, tmp_path, lambda _: model, Progress(quiet=True))
+    outcome = apply_stage(stage_spec(recipe.stages[0]), model, context)
+    assert outcome.flops > 0
+
+
 def test_l1_from_a_recipe(staged):
     model, outcome = staged(l1=20, optimizer="adam", schedule="constant")
     assert outcome.facts["l1_sparsity"] > 0

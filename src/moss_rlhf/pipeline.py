@@ -37,13 +37,13 @@ def run(
         write_text(place.path / "recipe.yaml", recipe_yaml(recipe))
         progress = progress.logging_to(place.log)
         found = search(recipe, recipe.search, on_validation, place.path / "search", progress) if recipe.search else None
-        session = prepare(found.recipe if found else recipe, place, progress, same_threads())
+        session = prepare(settled(found.recipe) if found else recipe, place, progress, same_threads())
         for note in session.notes:
             progress.say(f"note: {note}")
         if (finished := _finished_report(session)) is not None:
             progress.say("finished before; --fresh starts over")
             return finished
-        stages = [_do_stage(session, index) for index in range(len(recipe.stages))]
+        stages = [_do_stage(session, index) for index in range(len(session.folders))]
         header, compared = _header(session), _compare(session)
         notes = {"notes": [*header["notes"], *compared["notes"]]}
         cost = _cost(session, stages) | ({"search_flops": found.facts["flops"]} if found else {})
@@ -57,6 +57,7 @@ def run(
 
 def on_validation(recipe: Recipe, metric: str, progress: Progress) -> Measured:
     """Run the stages alone and look at validation: a trial of a search, which never sees the test split's answers."""
+    recipe = settled(recipe)  # a trial may have brought `distill: auto`
     with open_run(Path(recipe.output)) as place:
         session = prepare(recipe, place, progress.logging_to(place.log), same_threads())
         stages = [_do_stage(session, index) for index in range(len(recipe.stages))]

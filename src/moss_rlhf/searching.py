@@ -182,16 +182,16 @@ class _Study:
 
     def train_again(self, best: Recipe) -> dict[str, Any]:
         """The winner with other seeds: what its metric is worth, luck of the choice left out; and what all took."""
-        values: list[float] = list(self.study.user_attrs.get("again", []))
-        flops: float = self.study.user_attrs.get("again flops", 0.0)
+        kept = f"again {digest(recipe_values(best))[:16]}"  # with more trials another may win
+        known = self.study.user_attrs.get(kept, {"values": [], "flops": 0.0})
+        values, flops = list(known["values"]), float(known["flops"])
         for seed in range(best.seed + 1 + len(values), best.seed + 1 + self.spec.seeds):
             self.progress.say(f"  the winner again, seed {seed}")
             recipe = with_values(best, {"seed": seed, "output": str(self.folder / "winner")})
             measured = self.measure(recipe, self.metric, self.progress)
             values, flops = [*values, measured.value], flops + measured.flops
             shutil.rmtree(self.folder / "winner" / "stages")
-            self.study.set_user_attr("again flops", flops)
-            self.study.set_user_attr("again", values)
+            self.study.set_user_attr(kept, {"values": values, "flops": flops})
         tried = sum(trial.user_attrs["result"].get("flops", 0.0) for trial in self._finished())
         winner = {"seeds": len(values), "values": values, **mean_interval(values)} if values else None
         return {"winner": winner, "flops": tried + flops}
@@ -310,18 +310,22 @@ def _unfinished(state: str, why: str) -> dict[str, Any]:
 
 
 class _Watching(Progress):
-    """Reads the evaluations of a trial's fine-tunings as they are logged, and ends the trial where it is hopeless."""
+    """Reads the evaluations of a trial's fine-tunings as they are logged, and ends the trial where it is hopeless.
+
+    What pretraining calls its accuracy is that of masked words: a trial that masks more is no worse for it.
+    """
 
     def __init__(self, trial: Any, job: _Job, progress: Progress | None) -> None:
         super().__init__(quiet=True)
         self.trial, self.job, self.shown = trial, job, progress
-        self.stage, self.evaluation = 0, 0
+        self.stage, self.evaluation, self.counts = 0, 0, True
 
     def event(self, event: str, /, **fields: Any) -> None:
         super().event(event, **fields)
         if event == "stage started":
-            self.stage, self.evaluation = int(str(fields["name"]).partition("-")[0]), 0
-        elif event == "evaluated" and self.job.metric in fields:
+            number, kind, *_ = str(fields["name"]).split("-")
+            self.stage, self.evaluation, self.counts = int(number), 0, kind != "pretrain"
+        elif event == "evaluated" and self.counts and self.job.metric in fields:
             self._report(self.job.sign * fields[self.job.metric])
 
     def _report(self, value: float) -> None:

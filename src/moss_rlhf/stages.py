@@ -179,10 +179,12 @@ def _teaching_flops(spec: FinetuneSpec, teacher: Model, rows: Any, steps: int) -
 
 
 def _plain(value: Any) -> Any:
-    """A nested spec as the mapping that `finetune` takes for its options; a list of them as a list of those."""
+    """A spec, and each one within it, as the mapping that `finetune` takes for its options; lists item by item."""
     if isinstance(value, list):
         return [_plain(each) for each in value]
-    return {name: getattr(value, name) for name in type(value).model_fields} if isinstance(value, Spec) else value
+    if not isinstance(value, Spec):
+        return value
+    return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
 
 
 def _mean_length(rows: Any) -> float:

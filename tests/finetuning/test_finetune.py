@@ -160,6 +160,7 @@ def test_bfloat16_trains_float32_weights(tiny_model, rows):
     model = tiny_model()
     training = finetune(model, rows, rows, **(LEARNING | {"precision": "bfloat16"}))
     assert training.facts["precision"] == "bfloat16 autocast"
+    assert not {"forward", "_original_forward"} & vars(model.network).keys()  # what follows computes in float32 again
     assert {parameter.dtype for parameter in model.network.parameters()} == {torch.float32}
     assert training.facts["best_validation_accuracy"] > 0.9
 

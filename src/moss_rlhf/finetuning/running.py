@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_model
+from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from moss_rlhf.errors import Interrupted, MachineError, RecipeError, nearest
@@ -213,8 +214,15 @@ def _run(trainer: LayerwiseTrainer, loop: Loop) -> dict[str, Any]:
     trainer.model.cpu()
     load_model(trainer.model, loop.folder / BEST)
     facts = _averaged(trainer, loop.folder) if trainer.plan.average else {}
+    _undo_autocast(trainer.model)
     trainer.model.eval()
     return facts | trainer.plan.companions.finish()
+
+
+def _undo_autocast(network: nn.Module) -> None:
+    """Take off what accelerate has put around `forward` for bfloat16: what comes next computes as it says itself."""
+    if vars(network).pop("_original_forward", None) is not None:
+        del network.forward
 
 
 @contextmanager
