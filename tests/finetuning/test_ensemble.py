@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from moss_rlhf.errors import DataError, ModelError, RecipeError
 from moss_rlhf.finetuning import ensemble, finetune
@@ -122,6 +123,35 @@ def test_members_are_plain_fine_tunings_and_the_facts_are_theirs(by, tiny_model,
         share = np.mean(np.concatenate(right) == np.concatenate(truth))
         assert facts["out_of_fold"]["accuracy"] == pytest.approx(share)
     assert facts["seconds"] > sum(each["seconds"] for each in facts["members"])
+
+
+@pytest.mark.parametrize("by", ["seeds", "folds"])
+def test_windows_of_a_text_are_judged_as_one_and_stay_in_one_fold(by, tiny_model, rows):
+    model = tiny_model(blocks=1)
+    long = [
+        {"text": " ".join([row["text"]] * (1 + index % 3)), "label": row["label"]} for index, row in enumerate(rows)
+    ]
+    data = Dataset.from_dict(
+        {"text": [row["text"] for row in long], "label": [model.labels.index(row["label"]) for row in long]}
+    )
+    windows = TASK.encode(data, model.tokenizer, 6, keep="windows")
+    assert len(windows) > len(rows) == TASK.texts(windows)
+    facts = ensemble(model, windows, windows, members=2, by=by, finetune=SETTINGS, seed=3).facts
+    accuracy = (TASK.predict(TorchRuntime(model.network), windows, model.tokenizer).argmax(1) == data["label"]).mean()
+    assert facts["one"]["accuracy"] == pytest.approx(accuracy)
+    assert ("out_of_fold" in facts) == (by == "folds")
+
+
+def test_a_teacher_answers_every_window(tiny_model, rows):
+    model, teacher = tiny_model(blocks=1), tiny_model(blocks=1)
+    data = Dataset.from_dict(
+        {
+            "text": [f"{row['text']} {row['text']}" for row in rows],
+            "label": [model.labels.index(row["label"]) for row in rows],
+        }
+    )
+    windows = TASK.encode(data, model.tokenizer, 6, keep="windows")
+    finetune(model, windows, windows, teacher=teacher, distill={"weight": 0.5}, **SETTINGS)
 
 
 def test_the_one_learns(tiny_model, rows):

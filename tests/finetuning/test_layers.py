@@ -162,6 +162,11 @@ def test_impossible_phases_are_refused(phases, message):
         phases_of(phases, dict.fromkeys(GROUPS, 1), "all")
 
 
+def test_the_schedule_that_follows_evaluations_is_no_phases_own(tiny_model, rows):
+    with pytest.raises(RecipeError, match="reduce_on_plateau can't be one phase's schedule"):
+        finetune(tiny_model(), rows, rows, phases=[{"train": "all", "schedule": "reduce_on_plateau"}])
+
+
 def test_what_says_the_same_thing_twice_is_refused():
     with pytest.raises(RecipeError, match="both say what trains when"):
         phases_of([{"train": "all"}], dict.fromkeys(GROUPS, 1), "gradual")

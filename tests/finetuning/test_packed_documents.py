@@ -57,6 +57,13 @@ def test_a_task_without_documents_is_refused(tiny_model, rows):
         finetune(tiny_model(), rows, rows[:8], packing=True)
 
 
+@pytest.mark.parametrize("given", [{"micro_batch_size": 2}, {"distill": {"hidden": 1.0}}], ids=str)
+def test_what_packed_documents_can_not_do_is_refused(given, tiny_model, rows_of):
+    rows = rows_of("text-generation")
+    with pytest.raises(RecipeError, match="a packed batch is one row"):
+        finetune(tiny_model("gpt2"), rows, rows[:8], packing=True, **given)
+
+
 def test_trackers_are_known_and_installed(monkeypatch):
     with pytest.raises(RecipeError, match="unknown tracker 'tensorbord'; did you mean 'tensorboard'"):
         trackers(["tensorbord"])

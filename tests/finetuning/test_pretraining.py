@@ -65,6 +65,17 @@ def test_unpacked_rows_begin_with_their_texts(tiny_model, texts):
     assert [rows[index]["ids"].tolist() for index in range(len(rows))] == cut
 
 
+def test_a_causal_model_gets_no_row_of_a_single_token(tiny_model):
+    tokenizer = tiny_model().tokenizer
+    texts = ["film", "a good film", "a good film good", "a", "good film"]
+    rows = pack(texts, tokenizer, 3, False, False, shortest=2)
+    words = [tokenizer.convert_ids_to_tokens(rows[index]["ids"].tolist()) for index in range(len(rows))]
+    assert words == [["a", "good", "film"], ["a", "good", "film"], ["good", "film"]]
+    model = tiny_model("gpt2")
+    with pytest.raises(DataError, match="fewer than 2 tokens each"):
+        pretrain(model, ["film", "good"] * 4, packed=False, epochs=1)
+
+
 def test_words_of_several_pieces_begin_once(tiny_model):
     tokenizer = tiny_model().tokenizer
     rows = pack(["film zqx good"], tokenizer, 20, False, True)
@@ -249,6 +260,9 @@ def test_files_of_texts(tmp_path):
     (tmp_path / "a.csv").write_text('label,text\n1,"one, two"\n0,three\n')
     assert read_texts(tmp_path / "a.csv") == ["one, two", "three"]
     assert read_texts(tmp_path / "a.csv", limit=1) == ["one, two"]
+    (tmp_path / "e.csv").write_text("label,text\n1,one\n2\n")
+    with pytest.raises(DataError, match="line 3: 1 cells where the header has 2"):
+        read_texts(tmp_path / "e.csv")
     (tmp_path / "b.csv").write_text("label,review\n1,one\n")
     with pytest.raises(DataError, match=r"stages\.0\.pretrain\.texts: .* no column 'text', only label, review"):
         read_texts(tmp_path / "b.csv", "stages.0.pretrain.texts")

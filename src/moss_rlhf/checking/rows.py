@@ -120,7 +120,12 @@ def operation_names(spec: AugmentSpec) -> list[str]:
 
 
 def trains_on_copies(augment: AugmentSpec | None, spec: object) -> bool:
-    """Whether a stage trains on the augmented copies: every fine-tuning, or only those with a teacher."""
+    """Whether a stage trains on the augmented copies: every fine-tuning, or only those with a teacher.
+
+    An ensemble of seeds does, too, where it is every one; of folds, a row's copies would stand on both sides.
+    """
+    if augment is not None and isinstance(spec, EnsembleSpec):
+        return augment.use == "always" and spec.by == "seeds"
     if augment is None or not isinstance(spec, FinetuneSpec):
         return False
     return augment.use == "always" or isinstance(spec.distill, DistillSpec)

@@ -53,16 +53,21 @@ def _sound(records: Iterator[Record], source: Source, field: str) -> Iterator[Re
 
 
 def _column(records: Iterator[Record], source: Source, field: str) -> Iterator[str]:
-    key: str | int = _COLUMN
+    names: list[str] = []
     for number, record in enumerate(records):
         if number == 0 and not source.named:
             names = [str(cell) for cell in record.cells]
             _refuse_without_column(names, source, field)
-            key = names.index(_COLUMN)
-            continue
-        if source.named:
+        elif source.named:
             _refuse_without_column([str(name) for name in record.cells], source, field)
-        yield str(record.cells[key] or "")
+            yield str(record.cells[_COLUMN] or "")
+        elif len(record.cells) == len(names):
+            yield str(record.cells[names.index(_COLUMN)] or "")
+        else:
+            raise DataError(
+                f"{field}: {source.place}, {source.unit} {record.line}: {len(record.cells)} cells where the header has "
+                f"{len(names)}. Quote cells that hold the delimiter, or mend the line."
+            )
 
 
 def _refuse_without_column(names: list[str], source: Source, field: str) -> None:

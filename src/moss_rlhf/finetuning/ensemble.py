@@ -87,7 +87,7 @@ def ensemble(
     _check(members, by, options)
     teaching = option(Distillation, distill, "distill")
     train, validation = encoded(model, train), encoded(model, validation)
-    folds = stratified_folds(np.asarray(train["labels"]), members, seed, model.labels) if by == "folds" else None
+    folds = stratified_folds(task.labels(train), members, seed, model.labels) if by == "folds" else None
     with training_folder(workspace) as folder:
         options.setdefault("cache_folder", folder / "prefix")  # what is frozen in all of them is run once for all
         every = [
@@ -171,7 +171,8 @@ def _trained(
         return done
     learned, judged = train, validation
     if folds is not None:
-        learned, judged = (train.select(np.flatnonzero(part)) for part in (folds != member.fold, folds == member.fold))
+        own = folds[_classifier(model).text_of(train)] == member.fold  # all windows of a text are on one side
+        learned, judged = (train.select(np.flatnonzero(part)) for part in (~own, own))
     copy = deepcopy(model)
     work = member.folder / "work"
     training = fine_tune(copy, learned, judged, **options, seed=member.seed, workspace=work, progress=progress)
@@ -209,17 +210,18 @@ def _logits(task: TextClassification, models: list[Model], rows: Any) -> NDArray
 def _unseen(
     task: TextClassification, teachers: list[Model], members: list[_Member], train: Any, folds: Ids
 ) -> NDArray[np.float64]:
-    """Log-probabilities (rows, classes) of train, each row's by the member that left it out."""
-    result = np.empty((len(train), len(teachers[0].labels)))
+    """Log-probabilities (texts, classes) of train, each text's by the member that left it out."""
+    result = np.empty((len(folds), len(teachers[0].labels)))
+    of_text = task.text_of(train)
     for teacher, member in zip(teachers, members, strict=True):
-        positions = np.flatnonzero(folds == member.fold)
-        result[positions] = log_mean_probability(_logits(task, [teacher], train.select(positions)))
+        own = train.select(np.flatnonzero(folds[of_text] == member.fold))
+        result[folds == member.fold] = log_mean_probability(_logits(task, [teacher], own))
     return result
 
 
 def scores(task: TextClassification, log_probabilities: NDArray[np.float64], rows: Any) -> dict[str, float]:
-    """The task's metrics, log loss and Brier score of (rows, classes) log-probabilities, by the rows' labels."""
-    labels = np.asarray(rows["labels"])
+    """The task's metrics, log loss and Brier score of (texts, classes) log-probabilities, by the texts' labels."""
+    labels = task.labels(rows)
     counts = confusion(labels, log_probabilities.argmax(axis=1), log_probabilities.shape[1])
     found = {name: float(metric(counts)) for name, metric in task.metrics.items()}
     return found | {

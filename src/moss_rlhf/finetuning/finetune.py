@@ -172,6 +172,7 @@ def finetune(
     """
     if model.quantization:
         raise ModelError("finetune: the model is quantized already; fine-tune it before, then quantize.")
+    taught = option(Distillation, distill, "distill") or Distillation()
     refuse_pairs(
         movement=movement,
         quantization_aware=quantization_aware,
@@ -184,6 +185,10 @@ def finetune(
         mixup=mixup,
         loss=loss,
         teacher=teacher is not None,
+        average=average is not None,
+        packing=packing,
+        micro_batch_size=micro_batch_size,
+        inside=taught.inside,
     )
     task, progress = TASKS[model.task], progress or Progress(quiet=True)
     train, validation = _rows(model, train, "train"), _rows(model, validation, "validation")
@@ -208,7 +213,6 @@ def finetune(
     steps, timetable, bfloat16 = course.steps, course.timetable, uses_bfloat16(precision)
     bound_kernel_caches()
     labelled = labelled_by(model, task, option(Loss, loss, "loss"), train)
-    taught = option(Distillation, distill, "distill") or Distillation()
     teachers = teachers_of(model, teacher)
     tutor = tutor_of(model, teachers, taught)
     if reinitialise and not (workspace and checkpoints(workspace)):
@@ -253,7 +257,7 @@ def finetune(
             steps=steps,
             judge=judge_of(task, metric, since=max((each.settled for each in companions), default=0)),
             patience=stopping.patience if stopping else None,
-            average=_averaging(option(Averaging, average, "average"), movement is not None),
+            average=_averaging(option(Averaging, average, "average")),
             dimensions=model.dimensions,
             plateau=plateau_of(shape),
         )
@@ -294,13 +298,11 @@ def _rows(model: Model, rows: Any, name: str) -> Any:
     return ready
 
 
-def _averaging(options: Averaging | None, masked: bool) -> Averaging | None:
+def _averaging(options: Averaging | None) -> Averaging | None:
     if options is None:
         return None
     if (options.last is None) == (options.best is None):
         raise RecipeError("finetune.average: give either last or best, such as {best: 3}.")
-    if masked:
-        raise RecipeError("finetune.average: the mean of different movement masks has fewer zeros. Leave one out.")
     return options
 
 

@@ -118,6 +118,8 @@ def with_teachers(
 
 
 def _answers(teacher: Model, rows: Any, task: TextClassification, bfloat16: bool) -> Any:
+    """Logits of every row: of a long text's windows each its own, as each is a row to train on."""
+    rows = rows.remove_columns("row") if "row" in rows.column_names else rows
     with on_accelerator(teacher.network):
         device = next(teacher.network.parameters()).device.type
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):

@@ -25,13 +25,18 @@ class MixedObjective(Objective):
     Which rows meet, and how much of each, is drawn from the seed and the batch's rows: a resumed run mixes the same.
 
     alpha    of the Beta distribution; 0.1 to 0.4 are usual.
-    raises   RecipeError where the task has no classes.
+    raises   RecipeError where the task has no classes, or one block is all layers.
     """
 
     def __init__(self, model: Model, alpha: float, seed: int) -> None:
         super().__init__(TASKS[model.task])
         if not self.task.has_classes:
             raise RecipeError(f"finetune.mixup: {model.task} has no classes to mix. Leave it out.")
+        if model.anatomy.family.shared:
+            raise RecipeError(
+                f"finetune.mixup: {model.network.config.model_type}'s one block serves all layers, so states would be "
+                "mixed once a layer. Leave it out."
+            )
         self.classes, self.alpha, self.seed = len(model.labels), alpha, seed
 
     def __call__(self, network: Any, batch: Mapping[str, Tensor]) -> Tensor:

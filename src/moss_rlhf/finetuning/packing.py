@@ -70,22 +70,25 @@ class Packed:
         return [int(length) for length in np.diff(self.edges)]
 
 
-def pack(texts: Sequence[str], tokenizer: Any, length: int, packed: bool, whole_words: bool) -> Packed:
+def pack(
+    texts: Sequence[str], tokenizer: Any, length: int, packed: bool, whole_words: bool, shortest: int = 1
+) -> Packed:
     """Tokenize texts and cut them into rows of at most `length` tokens, the frame not counted.
 
     packed   texts follow one another, a separator after each, and rows are cut from the whole wherever they fill; what
              stands in one row can be attended to across the separators (RoBERTa's FULL-SENTENCES: Liu et al. 2019,
              arXiv:1907.11692, §4.2). Else every text begins a row, and goes on in the next where it is longer.
+    shortest   rows of fewer tokens are left out: of a single one, a causal model has nothing to foretell.
     raises   ModelError where whole words are asked for and the tokenizer can't tell them.
     """
     separator = frame_of(tokenizer).separator if packed else ()
     ids, starts, special, ends = _tokenized(texts, tokenizer, separator, whole_words)
-    if packed:
-        edges = np.append(np.arange(0, len(ids), length), len(ids))
-    else:
-        begins = [cut for start, end in pairwise([0, *ends]) for cut in range(start, end, length)]
-        edges = np.append(np.array(begins, dtype=np.int64), len(ids))
-    return Packed(ids, starts, special, edges)
+    texts_in = [0, len(ids)] if packed else [0, *ends]
+    begins = [cut for start, end in pairwise(texts_in) for cut in range(start, end, length)]
+    lengths = np.array([end - begin for begin, end in pairwise([*begins, len(ids)])], dtype=np.int64)
+    kept = np.repeat(lengths >= shortest, lengths)
+    edges = np.cumsum(np.append(0, lengths[lengths >= shortest]))
+    return Packed(ids[kept], starts[kept], special[kept], edges)
 
 
 def _tokenized(

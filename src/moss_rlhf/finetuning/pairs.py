@@ -20,9 +20,14 @@ def refuse_pairs(
     mixup: float,
     loss: Any,
     teacher: bool,
+    average: bool,
+    packing: bool,
+    micro_batch_size: int | None,
+    inside: bool,
 ) -> None:
     """Of each option what `finetune` was given, or whether it was.
 
+    inside   whether what the teacher does inside is learned: hidden states or attention.
     raises   RecipeError where two of them contradict each other.
     """
     if movement and l1:
@@ -35,6 +40,16 @@ def refuse_pairs(
     if compile and (movement or quantization_aware or adapter):
         raise RecipeError(
             "finetune.compile: movement, quantization_aware and adapter change what the network runs. Leave one out."
+        )
+    if average and (movement or quantization_aware):
+        raise RecipeError(
+            "finetune.average: the mean of different movement masks has fewer zeros, and the mean of rounded weights "
+            "is on no grid. Leave average out, or movement and quantization_aware."
+        )
+    if packing and (micro_batch_size or inside):
+        raise RecipeError(
+            "finetune.packing: a packed batch is one row, so micro_batch_size can't cut it, and distill.hidden and "
+            "distill.attention can't tell its documents apart. Leave them out, or packing."
         )
     of_mixed_rows = {"teacher's answer": teacher, "loss": loss is not None, "compiled block": compile}
     for name in (name for name, present in of_mixed_rows.items() if mixup and present):

@@ -162,6 +162,11 @@ def timetable_of(
         return tuple(each * multiplier for each, multiplier in zip(by_depth, multipliers, strict=True))
 
     def stretch(phase: Phase) -> Stretch:
+        if phase.schedule == "reduce_on_plateau":
+            raise RecipeError(
+                "finetune.phases: reduce_on_plateau can't be one phase's schedule, since it follows the evaluations of "
+                "all. Give it to the stage, or another schedule to the phase."
+            )
         decay = layer_decay if phase.layer_decay is None else phase.layer_decay
         highest = rates(learning_rate if phase.learning_rate is None else phase.learning_rate, decay)
         moving = groups if phase.train == "all" else phase.train

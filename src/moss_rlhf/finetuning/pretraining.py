@@ -163,7 +163,7 @@ def _task(model: Model, objective: str, mask: float, whole_words: bool, seed: in
 def _rows(
     model: Model, texts: Sequence[str], task: Restoring, length: int, packed: bool, held_out: float
 ) -> tuple[Packed, Packed]:
-    """Rows to train on, and rows of the texts that are held out."""
+    """Rows to train on, and rows of the texts that are held out; DataError where there are none."""
     if len(texts) < 2:
         raise DataError(f"pretrain.texts: {len(texts)} texts; give at least two, one of which is held out.")
     if task.room(length) < 2:
@@ -173,8 +173,15 @@ def _rows(
     parts = (np.sort(order[count:]), np.sort(order[:count]))
     room = _most(task, task.room(length))
     train, validation = (
-        pack([texts[index] for index in part], model.tokenizer, room, packed, task.whole_words) for part in parts
+        pack([texts[index] for index in part], model.tokenizer, room, packed, task.whole_words, task.shortest)
+        for part in parts
     )
+    for part, rows in {"to train on": train, "held out": validation}.items():
+        if not len(rows):
+            raise DataError(
+                f"pretrain.texts: those {part} have fewer than {task.shortest} tokens each. Give longer ones, or "
+                "packed: true."
+            )
     return train, validation
 
 

@@ -144,6 +144,11 @@ class Restoring:
 
     passes = 1
 
+    @property
+    def shortest(self) -> int:
+        """How many tokens of a text a row must have for anything to be foretold."""
+        return 2 if self.kind == "causal" and not self.words.frame.before else 1
+
     def targets(self, labels: Tensor) -> int:
         """How many tokens a batch's loss counts."""
         return int(((labels[:, 1:] if self.kind == "causal" else labels) != IGNORED).sum())

@@ -94,6 +94,12 @@ class TextClassification:
         labels = np.asarray(encoded["labels"], dtype=np.int64)
         return labels if "row" not in encoded.column_names else labels[_firsts(encoded)]
 
+    def text_of(self, encoded: Dataset) -> NDArray[np.int64]:
+        """Which text each row is of, counted from 0, (rows,): the row itself, or of windows the text that they cut."""
+        if "row" not in encoded.column_names:
+            return np.arange(len(encoded))
+        return np.unique(np.asarray(encoded["row"]), return_inverse=True)[1]
+
     def texts(self, encoded: Dataset) -> int:
         """How many texts the encoded rows are of."""
         return len(_firsts(encoded)) if "row" in encoded.column_names else len(encoded)
