@@ -97,6 +97,15 @@ class PhaseSpec(Spec):
     warmup: float | None = Field(None, ge=0, lt=1)
     layer_decay: float | None = Field(None, gt=0, le=1)
 
+    @field_validator("schedule")
+    @classmethod
+    def _of_its_own_steps(cls, value: str | None) -> str | None:
+        if value == "reduce_on_plateau":
+            raise PydanticCustomError(
+                "nothing", "reduce_on_plateau follows the evaluations of all phases; give it to the stage"
+            )
+        return value
+
 
 class CacheSpec(Spec):
     """How the outputs of frozen blocks are kept."""
@@ -317,6 +326,16 @@ class FinetuneSpec(Spec):
         if self.compile != "off" and (self.movement or self.quantization_aware or self.adapter):
             raise PydanticCustomError(
                 "nothing", "compile goes with no movement, quantization_aware or adapter; leave one of them out"
+            )
+        if self.average and (self.movement or self.quantization_aware):
+            raise PydanticCustomError(
+                "nothing",
+                "average goes with no movement and no quantization_aware: a mean has fewer zeros, and lies on no grid",
+            )
+        inside = isinstance(self.distill, DistillSpec) and (self.distill.hidden or self.distill.attention)
+        if self.packing and (self.micro_batch_size or inside):
+            raise PydanticCustomError(
+                "nothing", "packing goes with no micro_batch_size, distill.hidden or distill.attention; leave one out"
             )
         if self.movement and self.l1:
             raise PydanticCustomError("nothing", "movement and l1 both choose what becomes zero; leave one of them out")
