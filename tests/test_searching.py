@@ -168,6 +168,21 @@ def test_another_search_into_the_same_folder_is_another_study(tmp_path):
     assert len(found.facts["trials"]) == 2
 
 
+def test_other_rows_under_the_same_name_are_another_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def counting(recipe, metric, progress):
+        calls.append(recipe)
+        return _accuracy(recipe, metric, progress)
+
+    recipe = _recipe(trials=2, seeds=0)
+    for rows, calls_until_then in (("text,label", 2), ("text,label", 2), ("text,label\na,b", 4)):
+        (tmp_path / "train.csv").write_text(rows)
+        _search(recipe, tmp_path / "search", counting)
+        assert len(calls) == calls_until_then
+
+
 def test_interval_by_hand():
     # s = 0.02, t(0.975, 2) = 4.302653, √3
     found = mean_interval([0.88, 0.90, 0.92])
