@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from moss_rlhf.errors import MossError, RecipeError, UserError
-from moss_rlhf.pipeline import run
+from moss_rlhf.pipeline import on_validation, run
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import make_recipe, with_values
 from moss_rlhf.reporting.search import terminal_line, winner_in_words
@@ -168,19 +168,22 @@ def test_another_search_into_the_same_folder_is_another_study(tmp_path):
     assert len(found.facts["trials"]) == 2
 
 
-def test_other_rows_under_the_same_name_are_another_study(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    calls = []
+def test_other_rows_under_the_same_name_are_another_study(tiny_checkpoint, rows, tmp_path, monkeypatch):
+    """What the trials came to on other rows is nothing to compare with; the same rows are not tried again."""
+    seen = []
 
     def counting(recipe, metric, progress):
-        calls.append(recipe)
-        return _accuracy(recipe, metric, progress)
+        seen.append(recipe.output)
+        return on_validation(recipe, metric, progress)
 
-    recipe = _recipe(trials=2, seeds=0)
-    for rows, calls_until_then in (("text,label", 2), ("text,label", 2), ("text,label\na,b", 4)):
-        (tmp_path / "train.csv").write_text(rows)
-        _search(recipe, tmp_path / "search", counting)
-        assert len(calls) == calls_until_then
+    monkeypatch.setattr("moss_rlhf.pipeline.on_validation", counting)
+    recipe = _real_recipe(tiny_checkpoint, rows, tmp_path, seeds=0)
+    for trials, label in ((2, None), (2, None), (4, "negative")):
+        if label:
+            with (tmp_path / "train.csv").open("a", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerow(["a text that came later", label])
+        run(recipe)
+        assert len(seen) == trials
 
 
 def test_interval_by_hand():
@@ -210,22 +213,26 @@ def test_a_space_that_can_not_be_searched_is_refused_at_once(space, message):
         make_recipe(BASE | {"search": {"space": space}})
 
 
-def test_a_real_search_looks_at_validation_alone(tiny_checkpoint, rows, tmp_path, monkeypatch):
-    """And ends with the report of the winner; run again, nothing is done twice."""
+def _real_recipe(tiny_checkpoint, rows, tmp_path, seeds):
     for name, part in (("train", rows[:48]), ("test", rows[48:])):
         with (tmp_path / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["text", "label"])
             writer.writeheader()
             writer.writerows(part)
-    recipe = {
+    return {
         "task": "text-classification",
         "model": str(tiny_checkpoint("bert")),
         "data": {"train": str(tmp_path / "train.csv"), "validation": 0.3, "test": str(tmp_path / "test.csv")},
         "stages": [{"finetune": {"epochs": 1, "batch_size": 8, "precision": "float32"}}],
-        "search": {"space": {RATE: [1e-5, 3e-3]}, "trials": 2, "seeds": 2},
+        "search": {"space": {RATE: [1e-5, 3e-3]}, "trials": 2, "seeds": seeds},
         "evaluate": {"speed_seconds": 0.1, "speed_rows": 4, "batch_sizes": [1]},
         "output": str(tmp_path / "run"),
     }
+
+
+def test_a_real_search_looks_at_validation_alone(tiny_checkpoint, rows, tmp_path, monkeypatch):
+    """And ends with the report of the winner; run again, nothing is done twice."""
+    recipe = _real_recipe(tiny_checkpoint, rows, tmp_path, seeds=2)
     from moss_rlhf.measuring import Measuring
 
     seen = []

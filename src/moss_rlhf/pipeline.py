@@ -17,8 +17,8 @@ from moss_rlhf.preparing import Session, prepare
 from moss_rlhf.progress import Progress, quiet_libraries
 from moss_rlhf.recipe import Recipe, make_recipe, read_recipe, recipe_values, recipe_yaml, stage_kind, stage_spec
 from moss_rlhf.reporting import write_page
-from moss_rlhf.rundir import open_run
-from moss_rlhf.searching import Measured, search
+from moss_rlhf.rundir import RunDirectory, open_run
+from moss_rlhf.searching import Found, Measured, search
 from moss_rlhf.shipping import ship, ship_for_vllm
 from moss_rlhf.stages import apply_stage
 
@@ -36,7 +36,7 @@ def run(
     with open_run(Path(recipe.output), fresh) as place:
         write_text(place.path / "recipe.yaml", recipe_yaml(recipe))
         progress = progress.logging_to(place.log)
-        found = search(recipe, recipe.search, on_validation, place.path / "search", progress) if recipe.search else None
+        found = _search(recipe, place, progress)
         session = prepare(settled(found.recipe) if found else recipe, place, progress, same_threads())
         for note in session.notes:
             progress.say(f"note: {note}")
@@ -53,6 +53,14 @@ def run(
         write_json(place.path / "report.json", report)  # last: it says that all else stands
         progress.event("finished", gain=report["gain"])
         return report
+
+
+def _search(recipe: Recipe, place: RunDirectory, progress: Progress) -> Found | None:
+    """The winner of the recipe's search. What trials found counts as long as the data and the model stay the same."""
+    if recipe.search is None:
+        return None
+    basis = prepare(recipe.model_copy(update={"search": None}), place, progress, same_threads()).fingerprint
+    return search(recipe, recipe.search, on_validation, place.path / "search", progress, basis)
 
 
 def on_validation(recipe: Recipe, metric: str, progress: Progress) -> Measured:

@@ -9,14 +9,12 @@ seeded anew for every round by what is finished, so a resumed search proposes wh
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import escape, glob
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from moss_rlhf.errors import MachineError, MossError, UserError
-from moss_rlhf.files import digest, file_digest, write_text
+from moss_rlhf.files import digest, write_text
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import RangeSpec, Recipe, SearchSpec, recipe_values, recipe_yaml, with_values
 from moss_rlhf.tasks import TASKS
@@ -52,14 +50,18 @@ class Found:
     facts: dict[str, Any]
 
 
-def search(recipe: Recipe, spec: SearchSpec, measure: Measure, folder: Path, progress: Progress) -> Found:
+def search(
+    recipe: Recipe, spec: SearchSpec, measure: Measure, folder: Path, progress: Progress, basis: str = ""
+) -> Found:
     """Try, choose, and train the winner `spec.seeds` times; the recipe with the winner's values, and the facts.
 
     folder   where the journal and the trials lie.
+    basis    a fingerprint of what the recipe's names stand for, its rows and weights: with others, what trials came to
+             before no longer counts.
     raises   MachineError where optuna is missing; MossError where every trial failed.
     """
     with _quiet():
-        study = _Study(recipe, spec, measure, folder, progress)
+        study = _Study(recipe, spec, measure, folder, progress, basis)
         study.run()
         best = study.best_recipe()
         write_text(folder / "best.yaml", recipe_yaml(best))
@@ -88,7 +90,9 @@ def _optuna() -> Any:
 class _Study:
     """One search: its journal, its rounds, what it keeps of the trials' files."""
 
-    def __init__(self, recipe: Recipe, spec: SearchSpec, measure: Measure, folder: Path, progress: Progress) -> None:
+    def __init__(
+        self, recipe: Recipe, spec: SearchSpec, measure: Measure, folder: Path, progress: Progress, basis: str
+    ) -> None:
         self.base, self.spec, self.measure = recipe.model_copy(update={"search": None}), spec, measure
         self.tried = _on_rows(self.base, spec.rows)
         self.folder, self.progress = folder, progress
@@ -98,9 +102,7 @@ class _Study:
         self.journal = folder / "journal.log"
         folder.mkdir(parents=True, exist_ok=True)
         varied = {field: recipe_values(recipe)["search"]["space"][field] for field in spec.space}
-        tried = recipe_values(self.tried)
-        asked = [tried, varied, self.metric, spec.stop_bad, _files_of([tried["data"], tried["model"], tried["stages"]])]
-        self.name = digest(asked)[:16]
+        self.name = digest([recipe_values(self.tried), varied, self.metric, spec.stop_bad, basis])[:16]
         self.study = _open_study(self.journal, self.name)
 
     def run(self) -> None:
@@ -209,23 +211,6 @@ class _Study:
         ]
         about = {"metric": self.metric, "lower_is_better": self.sign < 0, "split": "validation", "rows": self.spec.rows}
         return about | {"trials": trials}
-
-
-def _files_of(value: Any) -> list[list[str]]:
-    """Every file that a part of a recipe names, and of a checkpoint's directory its weights: name and digest.
-
-    With other rows or weights under the same names, what trials came to before is not worth comparing with.
-    """
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list):
-        return [found for each in value for found in _files_of(each)]
-    if not isinstance(value, str) or not value:
-        return []
-    if os.path.isfile(value):  # noqa: PTH113 - Path's own raises on texts that are too long for a name
-        return [[value, file_digest(Path(value))]]
-    files = sorted(glob(f"{escape(value)}/*.safetensors"))  # noqa: PTH207 - the same
-    return [[file, file_digest(Path(file))] for file in files]
 
 
 def _on_rows(recipe: Recipe, rows: int | None) -> Recipe:

@@ -153,6 +153,7 @@ def test_damage_is_read_off_the_table(tiny_model, rows):
         ([{"train": "head"}], "give all, or a list"),
         ([{"train": "all", "epochs": 0}], "trains nothing"),
         ([{"train": "all"}, {"train": "all", "learning_rate": 0.0}], r"phases\.1\.learning_rate: 0.0 moves nothing"),
+        ([{"schedule": "reduce_on_plateau"}], r"phases\.0\.schedule: reduce_on_plateau follows the evaluations of all"),
         ([], "is empty"),
         ([{"trian": "all"}], "unknown field 'trian'; did you mean 'train'"),
     ],
@@ -160,11 +161,6 @@ def test_damage_is_read_off_the_table(tiny_model, rows):
 def test_impossible_phases_are_refused(phases, message):
     with pytest.raises(RecipeError, match=message):
         phases_of(phases, dict.fromkeys(GROUPS, 1), "all")
-
-
-def test_the_schedule_that_follows_evaluations_is_no_phases_own(tiny_model, rows):
-    with pytest.raises(RecipeError, match="reduce_on_plateau can't be one phase's schedule"):
-        finetune(tiny_model(), rows, rows, phases=[{"train": "all", "schedule": "reduce_on_plateau"}])
 
 
 def test_what_says_the_same_thing_twice_is_refused():

@@ -10,7 +10,8 @@ from moss_rlhf.model.grid import (
     round_to_grid,
     round_to_int8,
 )
-from moss_rlhf.optimization.gptq import feedback, gptq, output_error, round_by_gptq, shortage
+from moss_rlhf.optimization.factor import factorize
+from moss_rlhf.optimization.gptq import gptq, output_error, round_by_gptq, shortage
 
 
 def layer(out_features, width, seed, tokens=None, spread=0.5):
@@ -277,10 +278,11 @@ def test_other_dtypes_are_computed_in_float32(dtype):
     assert torch.equal(found, gptq(weight.to(dtype).float(), hessian.double(), 4, 8)[0])
 
 
-def test_feedback_is_the_factor_of_the_damped_hessian():
+def test_factorize_gives_the_factor_of_the_damped_hessian():
     _, hessian = layer(1, 40, 11)
     hessian = hessian / hessian.diagonal().mean()
-    factor, used = feedback(hessian, 0.01)
+    found = factorize(hessian, 0.01)
+    factor, used = found.upper, found.damping
     damped = (hessian + 0.01 * torch.eye(40)).double()
     rest = torch.linalg.solve(factor.double(), damped)
     middle = torch.linalg.solve(factor.double(), rest.T)  # U⁻¹ H U⁻ᵀ = D

@@ -51,7 +51,6 @@ from moss_rlhf.finetuning.options import (
     option,
 )
 from moss_rlhf.finetuning.packed_documents import check_packing
-from moss_rlhf.finetuning.pairs import refuse_pairs
 from moss_rlhf.finetuning.pieces import Pieces
 from moss_rlhf.finetuning.planning import Layers, course_of
 from moss_rlhf.finetuning.prefix_cache import Still, frozen_at
@@ -71,6 +70,7 @@ from moss_rlhf.finetuning.trainer import SAVE_EVERY_SECONDS, Plan, checkpoints
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.reinitialise import draw_blocks
 from moss_rlhf.progress import Progress
+from moss_rlhf.recipe.pairs import pair_fault
 from moss_rlhf.strategy import Unfreeze, shaped
 from moss_rlhf.tasks import TASKS, Task, TextClassification, TextGeneration
 from moss_rlhf.tasks.loading import encoded
@@ -173,7 +173,7 @@ def finetune(
     if model.quantization:
         raise ModelError("finetune: the model is quantized already; fine-tune it before, then quantize.")
     taught = option(Distillation, distill, "distill") or Distillation()
-    refuse_pairs(
+    if fault := pair_fault(
         movement=movement,
         quantization_aware=quantization_aware,
         l1=l1,
@@ -185,11 +185,12 @@ def finetune(
         mixup=mixup,
         loss=loss,
         teacher=teacher is not None,
-        average=average is not None,
+        average=average,
         packing=packing,
         micro_batch_size=micro_batch_size,
         inside=taught.inside,
-    )
+    ):
+        raise RecipeError(f"finetune: {fault}")
     task, progress = TASKS[model.task], progress or Progress(quiet=True)
     train, validation = _rows(model, train, "train"), _rows(model, validation, "validation")
     if packing:

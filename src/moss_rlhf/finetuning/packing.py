@@ -75,20 +75,29 @@ def pack(
 ) -> Packed:
     """Tokenize texts and cut them into rows of at most `length` tokens, the frame not counted.
 
-    packed   texts follow one another, a separator after each, and rows are cut from the whole wherever they fill; what
-             stands in one row can be attended to across the separators (RoBERTa's FULL-SENTENCES: Liu et al. 2019,
-             arXiv:1907.11692, §4.2). Else every text begins a row, and goes on in the next where it is longer.
+    packed     texts follow one another, a separator after each, and rows are cut from the whole wherever they fill;
+               what stands in one row can be attended to across the separators (RoBERTa's FULL-SENTENCES: Liu et al.
+               2019, arXiv:1907.11692, §4.2). Else every text begins a row, and goes on in the next where it is longer.
     shortest   rows of fewer tokens are left out: of a single one, a causal model has nothing to foretell.
-    raises   ModelError where whole words are asked for and the tokenizer can't tell them.
+    raises     ModelError where whole words are asked for and the tokenizer can't tell them.
     """
     separator = frame_of(tokenizer).separator if packed else ()
     ids, starts, special, ends = _tokenized(texts, tokenizer, separator, whole_words)
-    texts_in = [0, len(ids)] if packed else [0, *ends]
-    begins = [cut for start, end in pairwise(texts_in) for cut in range(start, end, length)]
-    lengths = np.array([end - begin for begin, end in pairwise([*begins, len(ids)])], dtype=np.int64)
+    if packed:
+        edges = np.append(np.arange(0, len(ids), length), len(ids))
+    else:
+        begins = [cut for start, end in pairwise([0, *ends]) for cut in range(start, end, length)]
+        edges = np.append(np.array(begins, dtype=np.int64), len(ids))
+    return _without_short(Packed(ids, starts, special, edges), shortest)
+
+
+def _without_short(rows: Packed, shortest: int) -> Packed:
+    lengths = np.array(rows.lengths, dtype=np.int64)
+    if (lengths >= shortest).all():
+        return rows
     kept = np.repeat(lengths >= shortest, lengths)
     edges = np.cumsum(np.append(0, lengths[lengths >= shortest]))
-    return Packed(ids[kept], starts[kept], special[kept], edges)
+    return Packed(rows.ids[kept], rows.starts[kept], rows.special[kept], edges)
 
 
 def _tokenized(

@@ -94,6 +94,11 @@ def _check(phase: Phase, place: str, groups: Mapping[str, int]) -> None:
     for name in names:
         if name not in groups:
             raise RecipeError(f"{place}.train: there is no group {name!r}. The groups are {', '.join(groups)}.")
+    if phase.schedule == "reduce_on_plateau":
+        raise RecipeError(
+            f"{place}.schedule: reduce_on_plateau follows the evaluations of all phases. Give it to the stage, or "
+            "another one to the phase."
+        )
     if names and not any(groups[name] for name in names):
         raise RecipeError(f"{place}.train: {', '.join(names)} of this network is tied to the embeddings. Add a block.")
     if phase.epochs < 1:
@@ -162,11 +167,6 @@ def timetable_of(
         return tuple(each * multiplier for each, multiplier in zip(by_depth, multipliers, strict=True))
 
     def stretch(phase: Phase) -> Stretch:
-        if phase.schedule == "reduce_on_plateau":
-            raise RecipeError(
-                "finetune.phases: reduce_on_plateau can't be one phase's schedule, since it follows the evaluations of "
-                "all. Give it to the stage, or another schedule to the phase."
-            )
         decay = layer_decay if phase.layer_decay is None else phase.layer_decay
         highest = rates(learning_rate if phase.learning_rate is None else phase.learning_rate, decay)
         moving = groups if phase.train == "all" else phase.train

@@ -30,11 +30,8 @@ def factorize(hessian: Tensor, damping: float) -> Factor:
     damping   share of the mean diagonal added to the diagonal; × 10 as often as the factorization fails.
     raises    ValueError where it fails at 10 times the mean diagonal, too.
     """
-    diagonal = hessian.diagonal()
-    live = diagonal[diagonal > 0].double()
     backwards = hessian.flip(0, 1).float()
-    if len(live):
-        backwards /= live.mean()
+    backwards /= mean_diagonal(hessian)
     diagonal = backwards.diagonal().clone()
     while True:
         backwards.diagonal().copy_(diagonal + damping)
@@ -50,6 +47,13 @@ def factorize(hessian: Tensor, damping: float) -> Factor:
                 "it. Pass the sum of x xᵀ over the calibration tokens."
             )
         damping = min(max(10 * damping, 1e-6), _HIGHEST_DAMPING)
+
+
+def mean_diagonal(hessian: Tensor) -> float:
+    """The mean over the features that live, what damping is a share of; 1 where none lives."""
+    diagonal = hessian.diagonal()
+    live = diagonal[diagonal > 0].double()
+    return float(live.mean()) if len(live) else 1.0
 
 
 def check_hessian(hessian: Tensor, width: int, damping: float) -> None:

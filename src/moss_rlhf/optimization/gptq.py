@@ -33,11 +33,11 @@ import torch
 from torch import Tensor
 
 from moss_rlhf.model.grid import Grid, integer_grid, is_finite, scale_and_zero
+from moss_rlhf.optimization.factor import check_hessian, factorize, mean_diagonal
 
 BLOCK = 128
 PANEL = 32
 CLIPS = (0.95, 0.9, 0.85, 0.8, 0.75)  # of the scale that reaches the largest weight; below, int4 never gained
-_HIGHEST_DAMPING = 10.0  # of the mean diagonal: ten times what makes any gram definite in float32
 
 
 @dataclass(frozen=True)
@@ -119,21 +119,19 @@ def round_by_gptq(
     if keep_largest and not grid.symmetric:
         raise ValueError("keep_largest needs a symmetric grid; store the scales of an asymmetric one instead")
     dead = hessian.diagonal() == 0
-    normal = _normalised(hessian)
-    order = normal.diagonal().argsort(descending=True, stable=True) if activation_order else None
-    factor, used = feedback(normal if order is None else normal[order][:, order], damping)
+    order = hessian.diagonal().argsort(descending=True, stable=True) if activation_order else None
+    factor = factorize(hessian if order is None else hessian[order][:, order], damping)
     static = static_groups or activation_order
-    importance = normal.diagonal() if clip else None
+    importance = hessian.diagonal().float() if clip else None
     rounding = _Rounding(
         weight, grid, order, static=static, keep_largest=keep_largest, pruned=pruned, importance=importance
     )
-    rounding.run(factor)
-    del factor
+    rounding.run(factor.upper)
     for _ in range(sweeps):
-        rounding.sweep(normal, used)
+        rounding.sweep(hessian, factor.damping * mean_diagonal(hessian))
     rounded = rounding.weight()
     scale, zero = rounding.scale.T.contiguous(), rounding.zero.T.to(torch.int32).contiguous()
-    return Solution(rounded, scale, zero, used, int(dead.sum()))
+    return Solution(rounded, scale, zero, factor.damping, int(dead.sum()))
 
 
 def output_error(difference: Tensor, gram: Tensor) -> float:
@@ -149,35 +147,6 @@ def shortage(tokens: int, width: int) -> str | None:
         f"{tokens} calibration tokens span at most {tokens} of {width} input directions; damping stands in for the "
         f"rest. Give at least {width} tokens."
     )
-
-
-def feedback(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """U of hessian + λI = U D Uᵀ, upper triangular with ones on the diagonal, and the damping that it took.
-
-    hessian   (in, in), the mean of its diagonal 1; λ = damping, × 10 until the factorization succeeds.
-    raises    ValueError where 10 times the mean diagonal does not make it positive definite.
-    """
-    backwards = hessian.flip(0, 1)
-    diagonal = backwards.diagonal().clone()
-    while True:
-        backwards.diagonal().copy_(diagonal + damping)
-        lower, failure = torch.linalg.cholesky_ex(backwards.mT)  # its own transpose, and the layout LAPACK wants
-        if not failure:
-            upper = lower.flip(0, 1)
-            return upper.div_(upper.diagonal().clone()), damping
-        if damping >= _HIGHEST_DAMPING:
-            raise ValueError(
-                f"hessian is not positive semi-definite: damping of {damping:g} times its mean diagonal does not mend "
-                "it. Pass the sum of x xᵀ over the calibration tokens."
-            )
-        damping = min(max(10 * damping, 1e-6), _HIGHEST_DAMPING)
-
-
-def _normalised(hessian: Tensor) -> Tensor:
-    """float32 with mean diagonal 1 over the features that live, so that no common scale matters."""
-    diagonal = hessian.diagonal().double()
-    live = diagonal[diagonal > 0]
-    return (hessian / live.mean() if len(live) else hessian).float()
 
 
 class _Rounding:
@@ -221,7 +190,7 @@ class _Rounding:
         return columns if self.order is None else columns[self.order]
 
     def run(self, factor: Tensor) -> None:
-        """Round every column; factor (in, in), from `feedback`, in the order of the walk."""
+        """Round every column; factor (in, in), from `factorize`, in the order of the walk."""
         owner = self._owner()
         for start, stop in pairwise(_stops(len(owner), self.group)):
             for first, last in _panels(start, stop, self.group):
@@ -232,14 +201,17 @@ class _Rounding:
             self._correct(start, stop, stop, len(owner), factor)
 
     def sweep(self, hessian: Tensor, damping: float) -> None:
-        """One turn of coordinate descent over all columns; hessian (in, in), not damped, columns as they stand."""
-        owner, order = self._owner(), self._ordered(torch.arange(len(self.lost), device=self.lost.device))
+        """One turn of coordinate descent over all columns.
+
+        hessian   (in, in), columns as they stand; damping is added to its diagonal.
+        """
+        owner = self._owner()
         for start in range(0, len(owner), BLOCK):
             stop = min(start + BLOCK, len(owner))
-            rows = hessian[order[start:stop]]
-            rows = rows if self.order is None else rows[:, order]
-            pull = (rows @ self.lost).add_(self.lost[start:stop], alpha=damping)
-            own = rows[:, start:stop]
+            here = slice(start, stop)
+            rows = (hessian[here] if self.order is None else hessian[self.order[here]][:, self.order]).float()
+            pull = (rows @ self.lost).add_(self.lost[here], alpha=damping)
+            own = rows[:, here]
             changed = torch.zeros_like(pull)  # by how much W − Ŵ has become smaller
             for index, column in enumerate(range(start, stop)):
                 group, steps = owner[column], self.moved[column]
@@ -354,17 +326,8 @@ def _check(weight: Tensor, hessian: Tensor, grid: Grid, damping: float, pruned: 
         raise ValueError(f"weight must be (out, in), got {tuple(weight.shape)}")
     width = weight.shape[1]
     grid.group_width(width)
-    if hessian.shape != (width, width):
-        raise ValueError(f"hessian must be ({width}, {width}), got {tuple(hessian.shape)}")
     if pruned is not None and pruned.shape != weight.shape:
         raise ValueError(f"pruned must be {tuple(weight.shape)}, got {tuple(pruned.shape)}")
     if not is_finite(weight):
         raise ValueError("weight is not finite: the checkpoint holds inf or nan")
-    sums = hessian.sum(dim=0), hessian.sum(dim=1)  # reading the matrix once: a transpose costs as much as a Cholesky
-    if not sums[0].isfinite().all():
-        raise ValueError("hessian is not finite: look for inf or nan in the calibration batch")
-    slack = 1e-3 * width * hessian.diagonal().abs().max()
-    if (sums[0] - sums[1]).abs().max() > slack or (hessian.diagonal() < 0).any():
-        raise ValueError("hessian is no gram matrix (symmetric, diagonal >= 0): pass the sum of x xᵀ over the tokens")
-    if not 0 <= damping <= _HIGHEST_DAMPING:
-        raise ValueError(f"damping must be in [0, {_HIGHEST_DAMPING:g}], got {damping}")
+    check_hessian(hessian, width, damping)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from moss_rlhf.recipe.pairs import pair_fault
 from moss_rlhf.recipe.spec import Name, Positive, Share, Spec
 
 OptimizerName = Literal["adamw", "adam", "sgd", "adafactor"]
@@ -316,29 +317,27 @@ class FinetuneSpec(Spec):
         return self
 
     @model_validator(mode="after")
-    def _mixes_alone(self) -> FinetuneSpec:
-        if self.mixup and (self.loss or self.compile != "off" or isinstance(self.distill, DistillSpec)):
-            raise PydanticCustomError("nothing", "mixup goes with no loss, distill or compile; leave them out")
-        return self
-
-    @model_validator(mode="after")
     def _goes_together(self) -> FinetuneSpec:
-        if self.compile != "off" and (self.movement or self.quantization_aware or self.adapter):
-            raise PydanticCustomError(
-                "nothing", "compile goes with no movement, quantization_aware or adapter; leave one of them out"
-            )
-        if self.average and (self.movement or self.quantization_aware):
-            raise PydanticCustomError(
-                "nothing",
-                "average goes with no movement and no quantization_aware: a mean has fewer zeros, and lies on no grid",
-            )
-        inside = isinstance(self.distill, DistillSpec) and (self.distill.hidden or self.distill.attention)
-        if self.packing and (self.micro_batch_size or inside):
-            raise PydanticCustomError(
-                "nothing", "packing goes with no micro_batch_size, distill.hidden or distill.attention; leave one out"
-            )
-        if self.movement and self.l1:
-            raise PydanticCustomError("nothing", "movement and l1 both choose what becomes zero; leave one of them out")
+        teaching = self.distill if isinstance(self.distill, DistillSpec) else None
+        fault = pair_fault(
+            movement=self.movement,
+            quantization_aware=self.quantization_aware,
+            l1=self.l1,
+            l2_start=self.l2_start,
+            reinitialise=self.reinitialise,
+            phases=self.phases,
+            adapter=self.adapter,
+            compile=self.compile != "off",
+            mixup=self.mixup,
+            loss=self.loss,
+            teacher=teaching is not None,
+            average=self.average,
+            packing=self.packing,
+            micro_batch_size=self.micro_batch_size,
+            inside=teaching is not None and bool(teaching.hidden or teaching.attention),
+        )
+        if fault:
+            raise PydanticCustomError("nothing", "{fault}", {"fault": fault})
         if self.movement and self.unfreeze == "gradual" and self.movement.begin < _ALL_TRAIN_FROM:
             raise PydanticCustomError(
                 "nothing",
