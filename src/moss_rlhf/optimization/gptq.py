@@ -15,8 +15,8 @@ memory, (in, out), so that each step reads and writes what lies together.
 
 Two things beyond the paper take off a fourth to a half of the error that is left, and `quantize` asks for both. Scales
 may clip a group's largest weights where that rounds the others better, as AWQ and the authors' later code do. And once
-all columns are rounded, sweeps of coordinate descent go on (Behdin et al. 2023, arXiv:2309.01885, algorithm 1): with all
-others held, the best code of column j is that of
+all columns are rounded, sweeps of coordinate descent go on (Behdin et al. 2023, arXiv:2309.01885, algorithm 1): with
+all others held, the best code of column j is that of
 
     Ŵ[:, j] + (W − Ŵ) H[:, j] / H[j, j]
 
