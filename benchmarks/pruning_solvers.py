@@ -15,7 +15,7 @@ import torch
 from common import keep, table
 from torch import Tensor
 
-from moss_rlhf.model.grid import INT8, Grid, integer_grid, round_to_grid
+from moss_rlhf.model.grid import INT8, Grid, grid_parameters, integer_grid, round_to_grid
 from moss_rlhf.model.runtime import usable_cores
 from moss_rlhf.optimization.gptq import output_error, round_by_gptq
 from moss_rlhf.optimization.magnitude import magnitude_mask
@@ -27,6 +27,7 @@ SHAPES = ((1024, 1024), (4096, 1024), (1024, 2048))
 SEEDS = range(3)
 SPARSITY = 0.5
 KEEP = (2, 4)
+SWEEPS = (1, 3, 10, 30)
 GRIDS = {
     "4 bits, groups of 128, symmetric": integer_grid(4, 128),
     "4 bits, groups of 32, asymmetric": integer_grid(4, 32, symmetric=False),
@@ -56,8 +57,14 @@ def transcribed_wanda(weight: Tensor, norm: Tensor, groups: tuple[int, int] | No
     return mask
 
 
-def transcribed_sparsegpt(weight: Tensor, hessian: Tensor, groups: tuple[int, int] | None = None) -> Tensor:
-    """Algorithm 1 of arXiv:2301.00774, blocks and masks of 128 columns, dampened by 1 %, in float32."""
+def transcribed_sparsegpt(
+    weight: Tensor, hessian: Tensor, groups: tuple[int, int] | None = None, grid: Grid | None = None
+) -> Tensor:
+    """Algorithm 1 of arXiv:2301.00774, blocks and masks of 128 columns, dampened by 1 %, in float32.
+
+    With a grid, §3.4: what stays is rounded when the walk reaches it, by the scales of the weights as they were.
+    """
+    rounded = (lambda values, column: values) if grid is None else column_rounding(weight, grid)
     weight, hessian = weight.clone(), hessian.clone()
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
@@ -75,12 +82,24 @@ def transcribed_sparsegpt(weight: Tensor, hessian: Tensor, groups: tuple[int, in
                 cost = weight[:, here] ** 2 / inverse.diagonal()[here] ** 2
                 lowest = cost.topk(groups[1] - groups[0], dim=1, largest=False).indices
                 mask[:, here] = torch.zeros_like(cost, dtype=torch.bool).scatter_(1, lowest, True)
-            pruned = weight[:, column].masked_fill(mask[:, column], 0)
+            pruned = rounded(weight[:, column], column).masked_fill(mask[:, column], 0)
             errors[:, column - begin] = (weight[:, column] - pruned) / inverse[column, column]
             weight[:, column:end] -= errors[:, column - begin, None] @ inverse[None, column, column:end]
             weight[:, column] = pruned
         weight[:, end:] -= errors @ inverse[begin:end, end:]
     return weight
+
+
+def column_rounding(weight: Tensor, grid: Grid) -> Callable[[Tensor, int], Tensor]:
+    scale, zero = (
+        one.repeat_interleave(grid.group_width(weight.shape[1]), dim=1) for one in grid_parameters(weight, grid)
+    )
+
+    def rounded(values: Tensor, column: int) -> Tensor:
+        steps = (values / scale[:, column]).round() + zero[:, column]
+        return (steps.clamp(grid.lowest, grid.highest) - zero[:, column]) * scale[:, column]
+
+    return rounded
 
 
 def stable_wanda(weight: Tensor, norm: Tensor, groups: tuple[int, int] | None) -> Tensor:
@@ -161,18 +180,46 @@ def sparsegpt_rows(name: str, layers: list[tuple[Tensor, Tensor]], groups: tuple
     ]
 
 
+def swept_rows(layers: list[tuple[Tensor, Tensor]]) -> list[tuple]:
+    """What sweeps of coordinate descent take off, and cost, as multiples of the walk's."""
+    found: dict[int, list[tuple[float, float]]] = {count: [] for count in SWEEPS}
+    for weight, hessian in layers:
+        seconds, alone = timed(lambda weight=weight, hessian=hessian: sparsegpt(weight, hessian, SPARSITY))
+        for count in SWEEPS:
+            longer, swept = timed(
+                lambda weight=weight, hessian=hessian, count=count: (
+                    prune_by_sparsegpt(weight, hessian, SPARSITY, sweeps=count).weight
+                )
+            )
+            error = output_error(weight - swept, hessian) / output_error(weight - alone, hessian)
+            found[count].append((error, longer / seconds))
+    return [
+        (
+            f"1024×1024, 50 %, SparseGPT and {count} sweeps: output error ÷ the walk's alone",
+            f"{spread([error for error, _ in pairs])}, {statistics.median(cost for _, cost in pairs):.1f}× the time",
+            "",
+        )
+        for count, pairs in found.items()
+    ]
+
+
 def joint_rows(name: str, grid: Grid, layers: list[tuple[Tensor, Tensor]]) -> list[tuple]:
     """Half pruned and rounded; output errors as multiples of pruning's alone."""
     errors = []
     for weight, hessian in layers:
-        alone = sparsegpt(weight, hessian, SPARSITY)
-        found = prune_by_sparsegpt(weight, hessian, SPARSITY, grid=grid)
-        mask = prune_by_sparsegpt(weight, hessian, SPARSITY).mask
-        gptq = round_by_gptq(weight, hessian, grid, keep_largest=grid.symmetric, pruned=mask)
-        unit = output_error(weight - alone, hessian)
-        rounded = (found.weight, gptq.weight, round_to_grid(alone, grid))
+        found = prune_by_sparsegpt(weight, hessian, SPARSITY)
+        joint = transcribed_sparsegpt(weight, hessian, None, grid)
+        walk = round_by_gptq(weight, hessian, grid, keep_largest=grid.symmetric, pruned=found.mask)
+        ours = round_by_gptq(weight, hessian, grid, keep_largest=grid.symmetric, pruned=found.mask, clip=True, sweeps=3)
+        unit = output_error(weight - found.weight, hessian)
+        rounded = (ours.weight, walk.weight, joint, round_to_grid(found.weight, grid))
         errors.append([output_error(weight - new, hessian) / unit for new in rounded])
-    titles = ("in the same pass", "SparseGPT's mask, then GPTQ", "SparseGPT, then rounded to nearest")
+    titles = (
+        "SparseGPT's mask, then GPTQ as `quantize` does",
+        "SparseGPT's mask, then GPTQ's walk alone",
+        "in the published pass (§3.4)",
+        "SparseGPT, then rounded to nearest",
+    )
     columns = zip(*errors, strict=True)
     return [
         (f"96×768, 50 %, {name}: {title}, output error ÷ pruning's alone", spread(list(column)), "")
@@ -191,6 +238,7 @@ def main() -> None:
         for label, groups in (("50 %", None), ("2:4", KEEP)):
             name = f"{out_features}×{width}, {label}"
             rows += wanda_rows(name, layers, groups) + sparsegpt_rows(name, layers, groups)
+    rows += swept_rows([layer(1024, 1024, seed) for seed in SEEDS])
     small = [layer(96, 768, seed) for seed in SEEDS]
     for name, grid in GRIDS.items():
         rows += joint_rows(name, grid, small)

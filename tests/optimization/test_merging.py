@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from moss_rlhf.model.anatomy import FAMILIES, Matrix
+from moss_rlhf.model.replay import without_cache
 from moss_rlhf.model.surgery import keep_blocks, keep_feed_forward
 from moss_rlhf.optimization import merging
-from moss_rlhf.optimization.block_states import call_with, own_tokens, replaced, traced, without_cache
+from moss_rlhf.optimization.block_states import call_with, own_tokens, replaced, traced
 from moss_rlhf.optimization.merging import (
     Regression,
     average,

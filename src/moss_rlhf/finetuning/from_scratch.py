@@ -22,8 +22,6 @@ _TOKENS: Mapping[str, dict[str, str]] = {
 _FRAMES = {"encoder": "[CLS] $A [SEP]", "decoder": "<s> $A", "encoder-decoder": "$A </s>"}
 _SENTINELS = 100
 _OWN_TASK = {"encoder": "text-classification", "decoder": "text-generation", "encoder-decoder": "translation"}
-_MISFITS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
-"""Whatever a family says of sizes that don't fit one another, each in its own way."""
 _LONGEST = 512  # tokens, where the sizes name no limit
 
 

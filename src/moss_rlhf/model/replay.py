@@ -296,7 +296,9 @@ def _answering(blocks: Sequence[Block], done: int, answers: Mapping[str, Any]) -
 
 @contextmanager
 def without_cache(network: Any) -> Iterator[None]:
-    """Generation's cache of keys and values would cost memory, and hides from transformers that rows are packed."""
+    """Generation's cache of keys and values costs memory, hides from transformers that rows are packed, and would be
+    read by a block that runs twice.
+    """
     used = getattr(network.config, "use_cache", None)
     if used is None:
         yield

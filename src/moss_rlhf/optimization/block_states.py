@@ -114,19 +114,6 @@ def call_with(block: Block, call: Call, hidden: Tensor) -> None:
 
 
 @contextmanager
-def without_cache(network: Any) -> Iterator[None]:
-    """A block that runs twice must not find its own keys and values in generation's cache."""
-    used = getattr(network.config, "use_cache", None)
-    if used is not None:
-        network.config.use_cache = False
-    try:
-        yield
-    finally:
-        if used is not None:
-            network.config.use_cache = used
-
-
-@contextmanager
 def replaced(weights: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     """Other values in these parameters, for a while."""
     own = {parameter: parameter.data for parameter in weights}

@@ -15,12 +15,8 @@ memory, (in, out), so that each step reads and writes what lies together.
 
 Two things beyond the paper take off a fourth to a half of the error that is left, and `quantize` asks for both. Scales
 may clip a group's largest weights where that rounds the others better, as AWQ and the authors' later code do. And once
-all columns are rounded, sweeps of coordinate descent go on (Behdin et al. 2023, arXiv:2309.01885, algorithm 1): with
-all others held, the best code of column j is that of
-
-    Ŵ[:, j] + (W − Ŵ) H[:, j] / H[j, j]
-
-so a sweep never raises the error, and where it changes nothing no single code could be better.
+all columns are rounded, sweeps of coordinate descent go on (`descent.py`): where one changes nothing, no single code
+could be better.
 """
 
 from __future__ import annotations
@@ -33,6 +29,7 @@ import torch
 from torch import Tensor
 
 from moss_rlhf.model.grid import Grid, integer_grid, is_finite, scale_and_zero
+from moss_rlhf.optimization.descent import sweep
 from moss_rlhf.optimization.factor import check_hessian, factorize, mean_diagonal
 
 BLOCK = 128
@@ -201,28 +198,18 @@ class _Rounding:
             self._correct(start, stop, stop, len(owner), factor)
 
     def sweep(self, hessian: Tensor, damping: float) -> None:
-        """One turn of coordinate descent over all columns.
-
-        hessian   (in, in), columns as they stand; damping is added to its diagonal.
-        """
+        """Coordinate descent, see `descent.sweep`."""
         owner = self._owner()
-        for start in range(0, len(owner), BLOCK):
-            stop = min(start + BLOCK, len(owner))
-            here = slice(start, stop)
-            rows = (hessian[here] if self.order is None else hessian[self.order[here]][:, self.order]).float()
-            pull = (rows @ self.lost).add_(self.lost[here], alpha=damping)
-            own = rows[:, here]
-            changed = torch.zeros_like(pull)  # by how much W − Ŵ has become smaller
-            for index, column in enumerate(range(start, stop)):
-                group, steps = owner[column], self.moved[column]
-                scale = self.scale[group]
-                if index:
-                    pull[index].addmv_(changed[:index].T, own[:index, index], alpha=-1)
-                best = pull[index].div_(scale * (own[index, index] + damping)).add_(steps).round_()
-                best = self._allowed(best, column, group)
-                torch.mul(best - steps, scale, out=changed[index])
-                self.lost[column] -= changed[index]
-                steps.copy_(best)
+
+        def change(column: int, wanted: Tensor) -> Tensor:
+            group, steps = owner[column], self.moved[column]
+            scale = self.scale[group]
+            best = self._allowed(wanted.div_(scale).add_(steps).round_(), column, group)
+            changed = (best - steps).mul_(scale)
+            steps.copy_(best)
+            return changed
+
+        sweep(self.lost, hessian, damping, change, self.order)
 
     def _owner(self) -> list[int]:
         """The group of each column, in the order of the walk."""

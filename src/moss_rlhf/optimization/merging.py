@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moss_rlhf.model.anatomy import Block, Matrix, anatomy_of
+from moss_rlhf.model.replay import without_cache
 from moss_rlhf.optimization.block_states import (
     Batch,
     Trace,
@@ -26,7 +27,6 @@ from moss_rlhf.optimization.block_states import (
     own_tokens,
     replaced,
     traced,
-    without_cache,
 )
 
 DAMPING = 0.1

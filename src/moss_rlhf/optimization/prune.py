@@ -209,6 +209,7 @@ def _prune_by_inputs(
 
 
 _DAMPING = 0.01
+_SWEEPS = 10
 
 
 def _solved(
@@ -216,7 +217,9 @@ def _solved(
 ) -> tuple[Tensor, float]:
     try:
         if method == "sparsegpt" and found.gram is not None:
-            sparse = prune_by_sparsegpt(matrix.weight, found.gram, share, pattern=pattern, damping=_DAMPING)
+            sparse = prune_by_sparsegpt(
+                matrix.weight, found.gram, share, pattern=pattern, damping=_DAMPING, sweeps=_SWEEPS
+            )
             return sparse.weight, sparse.damping
         score = wanda_score(matrix.weight, found.norm)
         return matrix.weight.masked_fill(pattern_mask(score, pattern, share, by_row=True), 0), 0.0

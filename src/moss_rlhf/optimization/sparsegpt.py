@@ -12,6 +12,9 @@ weights as they would all become if none of these 128 were removed (where algori
 Fast: each block of 128 columns gathers its corrections from all columns before it in one product, each panel of 32
 from the rest of its block likewise, and only within a panel is there a step a column. Columns are held as rows of
 memory, (in, out), so that a step reads and writes what lies together. Thresholds are counted, nothing is sorted.
+
+Beyond the paper: sweeps of coordinate descent may follow the walk (`descent.py`), and `prune` asks for them. A walk
+makes up for a removed weight in later columns only.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moss_rlhf.model.grid import Grid, is_finite, scale_and_zero
-from moss_rlhf.optimization.factor import Factor, check_hessian, factorize
+from moss_rlhf.model.grid import is_finite
+from moss_rlhf.optimization.descent import sweep
+from moss_rlhf.optimization.factor import Factor, check_hessian, factorize, mean_diagonal
 from moss_rlhf.optimization.patterns import (
     Pattern,
     all_but_highest,
@@ -45,14 +49,11 @@ class Sparse:
     weight    (out, in) float32, zeros included.
     mask      (out, in) bool, True where it is zero by decision.
     damping   share of the mean diagonal that was added to the Hessian: more than asked for where that was too little.
-    scale     (out, groups) float32, and zero (out, groups) int32: the grid that the kept weights lie on, or None.
     """
 
     weight: Tensor
     mask: Tensor
     damping: float
-    scale: Tensor | None = None
-    zero: Tensor | None = None
 
 
 def sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float, *, damping: float = 0.01) -> Tensor:
@@ -76,79 +77,35 @@ def prune_by_sparsegpt(
     sparsity: float,
     *,
     pattern: Pattern = Pattern(),  # noqa: B008  # frozen
-    grid: Grid | None = None,
     damping: float = 0.01,
+    sweeps: int = 0,
 ) -> Sparse:
-    """`sparsegpt` in any pattern, with what it took; with `grid`, what stays is rounded in the same pass (§3.4).
+    """`sparsegpt` in any pattern, with what it took.
 
-    Every column then makes up for the pruning and the rounding of those before it, and the masks of later columns are
-    chosen knowing of both. Weights of inputs that were 0 in every token go first, the smallest of them ahead.
+    Weights of inputs that were 0 in every token go first, the smallest of them ahead.
 
     pattern   n:m says its sparsity by itself and `sparsity` is not read; of blocks, those of the least summed cost go.
-    grid      a group's scale comes from its weights as the columns before have moved them where groups fill a block of
-              128 columns, else from the weights as they were. On a symmetric grid the largest weight of each group
-              stays and is held at the largest code, as long as the sparsity leaves that many weights: then the scales
-              can be found from the weights.
-    raises    ValueError as `sparsegpt`, or where the pattern or the groups do not fit the matrix.
+    sweeps    of coordinate descent over the weights that stay, after the walk: many of them end where the least squares
+              of each row over what it keeps do. Each takes about the products of the walk.
+    raises    ValueError as `sparsegpt`, or where the pattern does not fit the matrix.
     """
     _check(weight, hessian, sparsity, damping)
     check_fit(weight.shape, pattern)
     factor = factorize(hessian, damping)
     factor.pivots[hessian.diagonal() == 0] *= _WORTHLESS
-    rounding = None if grid is None else _Rounding(weight, grid)
-    walk = _Walk(weight, factor, sparsity, pattern, rounding)
+    walk = _Walk(weight, factor, sparsity, pattern)
     walk.run()
-    pruned = walk.result.T.contiguous()
-    mask = walk.mask.T.contiguous()
-    if rounding is None:
-        return Sparse(pruned, mask, factor.damping)
-    return Sparse(pruned, mask, factor.damping, rounding.scale.T.contiguous(), rounding.zero.T.contiguous())
-
-
-class _Rounding:
-    """Rounds a column at a time to a grid. Matrices (in, out) and (groups, out)."""
-
-    def __init__(self, weight: Tensor, grid: Grid) -> None:
-        self.grid, self.group = grid, grid.group_width(weight.shape[1])
-        columns = weight.float().T
-        self.scale = columns.new_ones(len(columns) // self.group, columns.shape[1])
-        self.zero = torch.zeros_like(self.scale, dtype=torch.int32)
-        # the code that a weight must get, 0: none. Symmetric grids hold the largest weight of each group at the end of
-        # the codes: then max|weight| / highest gives the scale back, and exporters that look for it find this grid
-        self.held = torch.zeros_like(columns, memory_format=torch.contiguous_format) if grid.symmetric else None
-        self.fit(columns, 0)
-
-    def fit(self, columns: Tensor, start: int) -> None:
-        """Find scales and zeros of the whole groups in `columns`, of which `start` is the first."""
-        groups = columns.reshape(-1, self.group, columns.shape[1])
-        first, stop = start // self.group, start // self.group + len(groups)
-        self.scale[first:stop], self.zero[first:stop] = scale_and_zero(
-            groups.amin(dim=1), groups.amax(dim=1), self.grid
-        )
-        if self.held is not None:
-            largest = groups.abs().argmax(dim=1, keepdim=True)
-            codes = groups.gather(1, largest).sign() * self.grid.highest
-            held = torch.zeros_like(groups).scatter_(1, largest, codes)
-            self.held[start : start + len(columns)] = held.flatten(0, 1)
-
-    def round(self, values: Tensor, column: int) -> None:
-        """Round the values (out,) of a column in place."""
-        group = column // self.group
-        scale, zero = self.scale[group], self.zero[group]
-        values.div_(scale).round_().clamp_(self.grid.lowest - zero, self.grid.highest - zero)
-        if self.held is not None:
-            values.copy_(torch.where(self.held[column] == 0, values, self.held[column]))
-        values.mul_(scale)
+    for _ in range(sweeps):
+        walk.sweep(hessian, factor.damping * mean_diagonal(hessian))
+    return Sparse(walk.result.T.contiguous(), walk.mask.T.contiguous(), factor.damping)
 
 
 class _Walk:
     """The walk over the columns, all matrices (in, out)."""
 
-    def __init__(
-        self, weight: Tensor, factor: Factor, sparsity: float, pattern: Pattern, rounding: _Rounding | None
-    ) -> None:
+    def __init__(self, weight: Tensor, factor: Factor, sparsity: float, pattern: Pattern) -> None:
         self.upper, self.pivots = factor.upper, factor.pivots
-        self.sparsity, self.pattern, self.rounding = sparsity, pattern, rounding
+        self.sparsity, self.pattern = sparsity, pattern
         self.lost = weight.float().T.clone(memory_format=torch.contiguous_format)  # W − Ŵ, once a column is done
         self.result = self.lost.clone()  # W + Σ (W − Ŵ) U, and once a column is done Ŵ
         self.mask = self.lost == 0
@@ -161,41 +118,39 @@ class _Walk:
     def run(self) -> None:
         self._walk(0, len(self.lost), self.widths)
 
+    def sweep(self, hessian: Tensor, damping: float) -> None:
+        """Coordinate descent over what stays, see `descent.sweep`."""
+
+        def change(column: int, wanted: Tensor) -> Tensor:
+            self.result[column] += wanted.masked_fill_(self.mask[column], 0)
+            return wanted
+
+        sweep(self.lost, hessian, damping, change)
+
     def _walk(self, start: int, stop: int, widths: list[int]) -> None:
         """Do the columns start … stop in steps of widths[0]; those before `start` have handed on to them already."""
         for first in range(start, stop, widths[0]):
             last = min(first + widths[0], stop)
             if first > start:
                 self.result[first:last].addmm_(self.upper[start:first, first:last].T, self.lost[start:first])
-            self._prepare(slice(first, last), widths[0])
+            if widths[0] == self.chosen:
+                self._choose(slice(first, last))
             if len(widths) > 1:
                 self._walk(first, last, widths[1:])
             else:
                 self._columns(first, last)
-
-    def _prepare(self, here: slice, width: int) -> None:
-        """Find the grid of a block's groups where they fill it, and the mask of columns that share one."""
-        rounding = self.rounding
-        if rounding is not None and width == self.block and rounding.grid.group_size and not width % rounding.group:
-            rounding.fit(self._expected(here), here.start)
-        if width == self.chosen:
-            self._choose(here)
 
     def _columns(self, first: int, last: int) -> None:
         for column in range(first, last):
             values = self.result[column]
             if column > first:
                 values.addmv_(self.lost[first:column].T, self.upper[first:column, column])
-            if self.rounding is not None:
-                self.rounding.round(values, column)
             values.masked_fill_(self.mask[column], 0)
             self.lost[column].sub_(values)
 
     def _choose(self, here: slice) -> None:
         """Mark the weights of the columns `here` whose removal costs least."""
         cost = self._expected(here).square_().mul_(self.pivots[here, None])
-        if self.rounding is not None and self.rounding.held is not None:
-            cost.masked_fill_(self.rounding.held[here] != 0, torch.inf)
         self.mask[here].logical_or_(self._lowest(cost, here))
 
     def _lowest(self, cost: Tensor, here: slice) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moss_rlhf.optimization.patterns import all_but_highest, lowest_blocks, lowest_of_rows
+from moss_rlhf.optimization.patterns import all_but_highest, lowest_of_rows
 
 
 @torch.no_grad()
@@ -45,8 +45,3 @@ def wanda_mask(weight: Tensor, input_norm: Tensor, sparsity: float) -> Tensor:
 def wanda_mask_n_of_m(weight: Tensor, input_norm: Tensor, kept: int, of: int) -> Tensor:
     """As `wanda_mask`, keeping the `kept` highest of every `of` neighbours in a row (§3, structured n:m)."""
     return all_but_highest(wanda_score(weight, input_norm), kept, of)
-
-
-def wanda_mask_blocks(weight: Tensor, input_norm: Tensor, sparsity: float, block: tuple[int, int]) -> Tensor:
-    """As `wanda_mask`, removing whole blocks (rows, columns) of lowest summed score, of the matrix and not by row."""
-    return lowest_blocks(wanda_score(weight, input_norm), sparsity, block)
