@@ -37,7 +37,7 @@ def run(
         write_text(place.path / "recipe.yaml", recipe_yaml(recipe))
         progress = progress.logging_to(place.log)
         found = _search(recipe, place, progress)
-        session = prepare(settled(found.recipe) if found else recipe, place, progress, same_threads())
+        session = prepare(found.recipe if found else recipe, place, progress, same_threads())
         for note in session.notes:
             progress.say(f"note: {note}")
         if (finished := _finished_report(session)) is not None:
@@ -65,7 +65,6 @@ def _search(recipe: Recipe, place: RunDirectory, progress: Progress) -> Found | 
 
 def on_validation(recipe: Recipe, metric: str, progress: Progress) -> Measured:
     """Run the stages alone and look at validation: a trial of a search, which never sees the test split's answers."""
-    recipe = settled(recipe)  # a trial may have brought `distill: auto`
     with open_run(Path(recipe.output)) as place:
         session = prepare(recipe, place, progress.logging_to(place.log), same_threads())
         stages = [_do_stage(session, index) for index in range(len(recipe.stages))]

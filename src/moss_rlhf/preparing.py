@@ -20,6 +20,7 @@ from moss_rlhf.checking import (
     check_output,
     check_rows,
     check_stages,
+    settled,
     source_of,
     trains_on_copies,
 )
@@ -295,7 +296,8 @@ class Session:
 
 
 def prepare(recipe: Recipe, place: RunDirectory, progress: Progress, threads: int) -> Session:
-    """Read the data and tokenize it, find the model, name every stage's folder."""
+    """Read the data and tokenize it, find the model, name every stage's folder. The session's recipe is settled."""
+    recipe = settled(recipe)
     task, source = TASKS[recipe.task], source_of(recipe)
     check_stages(recipe, source)
     check_rows(recipe)
