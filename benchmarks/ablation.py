@@ -131,7 +131,7 @@ def measured(options: argparse.Namespace, trick: str, seed: int) -> dict[str, An
             rows, task = session.rows_after(last).evaluation, TASKS[recipe.task]
             with on_accelerator(model.network):
                 logits = task.predict(TorchRuntime(model.network), rows, model.tokenizer)
-    accuracy = float((logits.argmax(axis=1) == rows["label"][:]).mean())
+    accuracy = float((task.answers(logits) == task.labels(rows)).mean())
     return {"trick": trick, "seed": seed, "accuracy": accuracy, "seconds": seconds}
 
 
@@ -145,6 +145,8 @@ def measure_all(options: argparse.Namespace, tricks: list[str]) -> list[dict[str
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         running = [pool.submit(measured, options, trick, seed) for trick, seed in jobs]
         for ended in as_completed(running):
+            if ended.exception():
+                pool.shutdown(cancel_futures=True)
             found.append(ended.result())
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(found[-1]) + "\n")
