@@ -52,7 +52,6 @@ EVERY_SECONDS = 600  # a checkpoint that others may already use
 TRAIN_TEXT, HELD_OUT_TEXT, FACTS = "train.txt", "held-out.txt", "training.json"
 SEEDS = (0, 1, 2)
 CALIBRATION_ROWS = 128
-HELD_OUT_TOKENS = 60_000
 
 
 # Text
@@ -274,7 +273,7 @@ def ratio_row(name: str, values: list[float], dense: float, asked: str = "") -> 
 def compress(place: Path) -> None:
     model = moss_rlhf.load(place, task="text-generation")
     rows = calibration_windows(encode(model.tokenizer, (place / TRAIN_TEXT).read_text(encoding="utf-8")))
-    held_out = encode(model.tokenizer, (place / HELD_OUT_TEXT).read_text(encoding="utf-8"))[:HELD_OUT_TOKENS]
+    held_out = encode(model.tokenizer, (place / HELD_OUT_TEXT).read_text(encoding="utf-8"))
     dense = perplexity(model.network, held_out)
     found = {
         method: [compressed_perplexity(place, rows, held_out, method, seed) for seed in SEEDS]

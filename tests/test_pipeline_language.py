@@ -8,12 +8,14 @@ import pytest
 
 from moss_rlhf import run
 from moss_rlhf.checking import check
+from moss_rlhf.evaluation import translate
 from moss_rlhf.model.runtime import open_ctranslate2
 from moss_rlhf.recipe import make_recipe
 from moss_rlhf.reporting import terminal_summary
 from moss_rlhf.reporting.forecast import forecast_text
 from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.loading import encoded, load
+from moss_rlhf.tasks.overlap import chrf
 
 pytest.importorskip("ctranslate2")
 SPLITS = ("train", "test")
@@ -98,9 +100,10 @@ def test_the_gain_and_the_reference_are_those_of_the_measurements(shipped):
     before, after, gain = (report[side] for side in ("before", "after", "gain"))
     assert (before["runtime"], report["reference"]["runtime"]) == ("PyTorch float32", "CTranslate2 float32")
     assert before["artifact"].startswith("stages/01-finetune")
-    assert gain["metric"]["name"] == "perplexity"
-    assert gain["metric"]["lower_is_better"]
-    delta = after["metrics"]["perplexity"]["value"] - before["metrics"]["perplexity"]["value"]
+    name = "perplexity" if report["task"] == "text-generation" else "bleu"
+    assert gain["metric"]["name"] == name
+    assert gain["metric"].get("lower_is_better", False) == (name == "perplexity")
+    delta = after["metrics"][name]["value"] - before["metrics"][name]["value"]
     assert gain["metric"]["delta"] == pytest.approx(delta)
     assert gain["speedup"].keys() == {"1", "4"}
     assert gain["size"] > 1
@@ -110,11 +113,28 @@ def test_the_gain_and_the_reference_are_those_of_the_measurements(shipped):
 
 def test_what_a_translators_file_can_not_tell_is_left_out_and_said(shipped):
     task, _, report, _, _ = shipped
+    written = set() if task == "text-generation" else {"bleu", "chrf"}
     told = {"perplexity", "token_accuracy"} if task == "text-generation" else {"perplexity"}
-    assert set(report["after"]["metrics"]) == told
-    assert set(report["before"]["metrics"]) == {"perplexity", "token_accuracy"}
+    assert set(report["after"]["metrics"]) == told | written
+    assert set(report["before"]["metrics"]) == {"perplexity", "token_accuracy"} | written
     said = [note for note in report["notes"] if "there is no token accuracy of after" in note]
     assert len(said) == (task == "translation")
+
+
+def test_translations_are_those_that_the_shipped_file_writes(shipped):
+    task, _, report, place, rows = shipped
+    if task == "text-generation":
+        assert report["rewritten"] == []
+        return
+    model = load(place / "model")
+    runtime = open_ctranslate2(place / "ctranslate2", model.network.config.vocab_size)
+    ready = encoded(model, rows)
+    found = translate(model, runtime, ready, [row["target"] for row in rows])
+    assert report["after"]["translated"] == len(rows)
+    assert report["after"]["metrics"]["chrf"]["value"] == pytest.approx(float(chrf(found.likeness.sum(axis=0))))
+    by_source = {row["source"]: text for row, text in zip(rows, found.texts, strict=True)}
+    for row in report["rewritten"]:
+        assert row["after"] == by_source[row["source"]] != row["before"]
 
 
 def test_training_learned(shipped):
@@ -129,7 +149,7 @@ def test_training_learned(shipped):
 def test_the_page_and_the_summary(shipped):
     task, _, report, place, _ = shipped
     summary = terminal_summary(report)
-    assert "perplexity" in summary
+    assert ("perplexity" if task == "text-generation" else "bleu") in summary
     assert "ctranslate2/model.bin, CTranslate2 int8" in summary
     page = (place / "report.html").read_text(encoding="utf-8")
     assert "CTranslate2 float32" in page

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moss_rlhf.evaluation import (
     Answers,
     ClassAnswers,
     Speed,
     TokenAnswers,
+    WrittenAnswers,
     answer,
     calibration_of,
     changed,
@@ -28,19 +30,30 @@ from moss_rlhf.evaluation import (
     metrics_of,
     moved,
     peak_memory,
+    rewritten,
     sizes_of,
     speed_batches,
     temperature_of,
+    translate,
 )
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.device import on_accelerator
 from moss_rlhf.model.locate import weight_bytes
-from moss_rlhf.model.runtime import Batch, OnnxRuntime, Runtime, TorchRuntime, open_ctranslate2, usable_cores
+from moss_rlhf.model.runtime import (
+    Batch,
+    OnnxRuntime,
+    Runtime,
+    TorchRuntime,
+    TranslatorRuntime,
+    open_ctranslate2,
+    usable_cores,
+)
 from moss_rlhf.model.temperature import Temperature, write_temperature
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import EvaluateSpec
-from moss_rlhf.tasks import TASKS, TextClassification
+from moss_rlhf.tasks import TASKS, TextClassification, Translation
 from moss_rlhf.tasks.calibration import reliability
+from moss_rlhf.tasks.overlap import has_sacrebleu
 
 _CHANGED_SHOWN = 20
 _SPEED_POOL = 2000
@@ -51,6 +64,8 @@ PROTOCOL = (
     "exact test for accuracy, and a test of random swaps of the two answers to each row for any other metric.",
     "Log loss and calibration error are of the probabilities before temperature scaling; the error is over 15 bins of "
     "equal width, and its interval leans upwards, the more so the fewer the rows.",
+    "BLEU (sacrebleu: 13a words, or Chinese characters) and chrF2, 0 to 1, are of translations written greedily to a "
+    "seeded sample of the rows, as many as `translated` says, against their targets.",
     "Speed: identical tokenized batches of evaluation texts in random order, padded to their longest, the same number "
     "of threads; rounds of before and after interleaved after a warm-up; medians. Tokenization is excluded. "
     "A language model reads given tokens in one pass and writes none: a decoder answers with the logits of all tokens, "
@@ -154,13 +169,55 @@ class Measuring:
         speeds, peaks = self._speed(present)
         measured = {name: {**quality[name][1], **speeds[name], "peak_memory_bytes": peaks[name]} for name in present}
         answers = {name: part[0] for name, part in quality.items()}
+        written = self._translations({name: present[name] for name in ("before", "after") if name in present}, texts)
+        for name, translations in written.items():
+            found = metrics_of(TASKS[after.model.task], translations, **self._intervals)
+            measured[name]["metrics"] |= found
+            measured[name]["translated"] = len(translations.texts)
         return {
             **{name: measured.get(name) for name in artifacts},
-            "gain": self._gain(before, measured, answers),
+            "gain": self._gain(before, measured, {**answers, **written}),
             "calibration": self._calibration(after, answers, validation),
             **self._examples(answers, after, texts),
-            "notes": _notes(answers, after),
+            "rewritten": self._rewritten(written, texts),
+            "notes": [*_notes(answers, after), *self._unwritten(after)],
         }
+
+    def _translations(self, artifacts: Mapping[str, Artifact], texts: Any) -> dict[str, WrittenAnswers]:
+        """What translators write to the same seeded sample of the rows; nothing of any other task."""
+        if any(artifact.model.task != Translation.name for artifact in artifacts.values()) or not self._translates:
+            return {}
+        chosen, found = self._translated(len(texts)), {}
+        references = texts.select(chosen)["target"][:]
+        for name, artifact in artifacts.items():
+            runtime, rows = artifact.runtime, self.rows_of(artifact).select(chosen)
+            assert isinstance(runtime, TorchRuntime | TranslatorRuntime)  # noqa: S101  # an encoder-decoder's
+            with on_accelerator(artifact.model.network) if isinstance(runtime, TorchRuntime) else nullcontext():
+                found[name] = translate(artifact.model, runtime, rows, references)
+        return found
+
+    @property
+    def _translates(self) -> bool:
+        return bool(self.spec.translate) and has_sacrebleu()
+
+    def _translated(self, rows: int) -> NDArray[np.int64]:
+        return np.sort(np.random.default_rng(self.seed).permutation(rows)[: self.spec.translate])
+
+    def _rewritten(self, written: Mapping[str, WrittenAnswers], texts: Any) -> list[dict[str, str]]:
+        """Sources, their targets and both translations where they differ the most."""
+        if len(written) < 2:
+            return []
+        before, after, chosen = written["before"], written["after"], self._translated(len(texts))
+        return [
+            {name: texts[int(chosen[row])][name] for name in ("source", "target")}
+            | {"before": before.texts[row], "after": after.texts[row]}
+            for row in rewritten(before, after, _CHANGED_SHOWN)
+        ]
+
+    def _unwritten(self, after: Artifact) -> list[str]:
+        if after.model.task != Translation.name or not self.spec.translate or has_sacrebleu():
+            return []
+        return ["BLEU and chrF are left out: sacrebleu is not installed (pip install 'moss-rlhf[translation]')."]
 
     def _gain(
         self, before: Artifact | None, measured: Mapping[str, Any], answers: Mapping[str, Answers]

@@ -5,7 +5,10 @@ import torch
 
 import moss_rlhf
 from moss_rlhf.errors import ModelError, MossError
+from moss_rlhf.model.runtime import TorchRuntime, open_ctranslate2
 from moss_rlhf.model.surgery import keep_feed_forward, keep_heads
+from moss_rlhf.tasks import TASKS
+from moss_rlhf.tasks.loading import encoded
 
 pytest.importorskip("ctranslate2")
 from moss_rlhf.exporting.ctranslate2 import _SERVED, export_ctranslate2
@@ -23,6 +26,16 @@ def test_float32_and_int8_answer_as_pytorch(family, tiny_model, tmp_path):
     assert export_ctranslate2(model, tmp_path / "float", TEXTS)["difference_to_pytorch"] < 1e-4
     moss_rlhf.quantize(model)
     assert export_ctranslate2(model, tmp_path / "int8", TEXTS)["difference_to_pytorch"] < 0.2
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5", "bart"])
+def test_translators_write_what_pytorch_writes(family, tiny_model, tmp_path):
+    model = tiny_model(family)
+    export_ctranslate2(model, tmp_path / "float", TEXTS)
+    task, rows = TASKS["translation"], [{"source": source, "target": target} for source, target in TEXTS]
+    ready = encoded(model, rows)
+    here = task.write(TorchRuntime(model.network), ready, model.tokenizer, 12)
+    assert task.write(open_ctranslate2(tmp_path / "float"), ready, model.tokenizer, 12) == here
 
 
 @pytest.mark.parametrize("family", FAMILIES)

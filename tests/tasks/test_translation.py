@@ -6,15 +6,23 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from sacrebleu.metrics import CHRF
 
 import moss_rlhf
 from moss_rlhf.errors import DataError
+from moss_rlhf.evaluation import translate
+from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.optimization.calibration import mean_loss
 from moss_rlhf.tasks import Translation
 from moss_rlhf.tasks.language import IGNORED
 from moss_rlhf.tasks.loading import encoded
 
 TASK = Translation()
+PAIRS = [
+    {"source": "the film was good and we would know", "target": "good film , and we know"},
+    {"source": "bad soup", "target": "what a bad soup , we all said so in the end"},
+    {"source": "lovely", "target": "a lovely story"},
+]
 FAMILIES = ["t5", "bart"]
 LEARNING = {"epochs": 4, "batch_size": 8, "learning_rate": 5e-3, "precision": "float32"}
 
@@ -109,3 +117,38 @@ def test_a_pair_without_a_target_is_refused(tiny_model):
         DataError, match="no column 'target'; translation needs source and target, and the columns are s"
     ):
         moss_rlhf.evaluate(tiny_model("t5"), [{"source": "good"}])
+
+
+# What it writes by itself
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5", "bart", "marian"])
+def test_a_translation_is_the_likeliest_token_again_and_again(family, tiny_model):
+    """Against a loop that reads the whole of what was written for every token, one row at a time, without padding."""
+    model = tiny_model(family)
+    rows = TASK.encode(Dataset.from_list(PAIRS), model.tokenizer, max_length=16)
+    most = 9
+    written = TASK.write(TorchRuntime(model.network), rows, model.tokenizer, most)
+    end, start = model.tokenizer.eos_token_id, model.network.config.decoder_start_token_id
+    never = [ids[0] for ids in model.network.generation_config.bad_words_ids or []]
+    for row, text in zip(rows, written, strict=True):
+        ids = [start]
+        while len(ids) <= most and (len(ids) == 1 or ids[-1] != end):
+            with torch.no_grad():
+                asked = {"input_ids": torch.tensor([row["input_ids"]]), "decoder_input_ids": torch.tensor([ids])}
+                logits = model.network.eval()(**asked).logits[0, -1]
+            logits[never] = -torch.inf
+            ids.append(int(logits.argmax()))
+        assert text == model.tokenizer.decode(ids[1:], skip_special_tokens=True).strip()
+
+
+def test_translations_are_measured_beside_perplexity_where_the_targets_texts_are_known(tiny_model):
+    model = tiny_model("t5")
+    found = moss_rlhf.evaluate(model, PAIRS, resamples=200)["metrics"]
+    assert found.keys() == {"perplexity", "token_accuracy", "bleu", "chrf"}
+    rows = encoded(model, PAIRS)
+    written = translate(model, TorchRuntime(model.network), rows, [row["target"] for row in PAIRS])
+    expected = CHRF().corpus_score(written.texts, [[row["target"] for row in PAIRS]]).score / 100
+    assert found["chrf"]["value"] == pytest.approx(expected)
+    assert found["chrf"]["low"] <= expected <= found["chrf"]["high"]
+    assert moss_rlhf.evaluate(model, rows, resamples=200)["metrics"].keys() == {"perplexity", "token_accuracy"}

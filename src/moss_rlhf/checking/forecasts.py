@@ -118,14 +118,16 @@ def _passes(spec: object, layers: int) -> float:
 def _measuring_bytes(spec: object, network: memory.Network, sample: memory.Sample) -> int:
     """Peak bytes of a stage that trains nothing (benchmarks/forecast.py)."""
     base = memory.LIBRARY_BYTES + network.weights
-    gradient, calibration = memory.gradient_bytes(network, sample), memory.calibration_bytes
+    calibration = memory.calibration_bytes
     if isinstance(spec, NarrowSpec):
+        gradient = memory.gradient_bytes(network, sample)
         repair = memory.repair_bytes(network, sample) if spec.repair else 0
         return base + max(gradient + (network.weights if spec.repair else 0), repair)
     if isinstance(spec, ShortenSpec):
         copies = 0 if spec.how == "drop" else network.weights
         return base + copies + memory.logits_bytes(network, sample) + memory.pass_bytes(network, sample)
     if isinstance(spec, SensitivitySpec):
+        gradient = memory.gradient_bytes(network, sample, of_outputs=True)
         return base + max(gradient, calibration(network, sample, grams=True))
     solves = getattr(spec, "method", None) in ("sparsegpt", "gptq")
     measures = isinstance(spec, PruneSpec | QuantizeSpec) and _measurements(spec) > 0

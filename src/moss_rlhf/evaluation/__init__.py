@@ -4,6 +4,7 @@ from moss_rlhf.evaluation.comparison import (
     Answers,
     ClassAnswers,
     TokenAnswers,
+    WrittenAnswers,
     answer,
     calibration_of,
     changed,
@@ -13,8 +14,10 @@ from moss_rlhf.evaluation.comparison import (
     gain_of,
     metrics_of,
     moved,
+    rewritten,
     sizes_of,
     temperature_of,
+    translate,
 )
 from moss_rlhf.evaluation.machine import describe_machine, versions
 from moss_rlhf.evaluation.memory import PeakMemory, peak_memory
@@ -34,6 +37,7 @@ __all__ = [
     "PeakMemory",
     "Speed",
     "TokenAnswers",
+    "WrittenAnswers",
     "answer",
     "bootstrap",
     "calibration_of",
@@ -48,8 +52,10 @@ __all__ = [
     "moved",
     "paired_difference",
     "peak_memory",
+    "rewritten",
     "sizes_of",
     "speed_batches",
     "temperature_of",
+    "translate",
     "versions",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,12 +13,13 @@ from moss_rlhf.errors import DataError, ModelError
 from moss_rlhf.evaluation.statistics import Estimate, bootstrap, paired_difference
 from moss_rlhf.model.cost import macs_per_token
 from moss_rlhf.model.fingerprint import network_digest
-from moss_rlhf.model.runtime import OnnxRuntime, Runtime, TorchRuntime, TranslatorRuntime
+from moss_rlhf.model.runtime import OnnxRuntime, Runtime, TorchRuntime, TranslatorRuntime, Writer
 from moss_rlhf.model.temperature import Temperature
-from moss_rlhf.tasks import TASKS, Task, TextClassification
+from moss_rlhf.tasks import TASKS, Task, TextClassification, Translation
 from moss_rlhf.tasks.calibration import fit_temperature as fitted_temperature
 from moss_rlhf.tasks.calibration import probability_statistics, reliability
-from moss_rlhf.tasks.metrics import confusion
+from moss_rlhf.tasks.metrics import Metric, confusion
+from moss_rlhf.tasks.overlap import chrf, has_sacrebleu, overlap
 from moss_rlhf.tasks.row_statistics import RowStatistics, confusion_cells, written_out
 
 if TYPE_CHECKING:
@@ -81,6 +83,37 @@ class TokenAnswers:
         return losses
 
 
+@dataclass(frozen=True)
+class WrittenAnswers:
+    """Texts that a translator wrote by itself, and (rows, 28) of their likeness to the references."""
+
+    texts: list[str]
+    likeness: NDArray[np.float64]
+    unknown: frozenset[str] = frozenset()
+
+    @property
+    def statistics(self) -> RowStatistics:
+        return written_out(self.likeness)
+
+    @property
+    def row_scores(self) -> NDArray[np.float64]:
+        """ChrF of each row by itself, (rows,), which is seldom 0 where BLEU mostly is."""
+        return chrf(self.likeness)
+
+
+def translate(model: Model, runtime: Writer, rows: Any, references: Sequence[str]) -> WrittenAnswers:
+    """Let a translator write to encoded rows, and hold it against the references.
+
+    It may write twice as many tokens as the longest source or target has, and ten more, within the model's positions.
+    raises   MachineError where sacrebleu is not installed.
+    """
+    task = TASKS[model.task]
+    assert isinstance(task, Translation)  # noqa: S101  # of an encoder-decoder
+    most = min(2 * max(rows["length"]) + 10, model.max_length - 1)
+    texts = task.write(runtime, rows, model.tokenizer, most)
+    return WrittenAnswers(texts, overlap(texts, references))
+
+
 def answer(task: Task, runtime: Runtime, rows: Any, tokenizer: Any) -> Answers:
     """Ask a runtime about encoded rows with labels.
 
@@ -103,11 +136,19 @@ def answer(task: Task, runtime: Runtime, rows: Any, tokenizer: Any) -> Answers:
 def metrics_of(task: Task, answers: Answers, *, confidence: float, resamples: int, seed: int) -> dict[str, Any]:
     """Every metric of the task that the answers tell, with its interval: {name: {"value", "low", "high"}}."""
     usual: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
-    told = {name: metric for name, metric in task.metrics.items() if name not in answers.unknown}
+    metrics = _metrics_for(task, answers)
+    told = {name: metric for name, metric in metrics.items() if name not in answers.unknown}
     found = bootstrap(answers.statistics, metrics=told, **usual)
     if isinstance(answers, ClassAnswers):
         found |= probability_metrics_of(answers, **usual)
     return dict(found)
+
+
+def _metrics_for(task: Task, answers: Answers) -> Mapping[str, Metric]:
+    """The metrics that are functions of such answers, the one that a gain is told in first."""
+    if isinstance(answers, WrittenAnswers) and isinstance(task, Translation):
+        return task.written_metrics
+    return {task.metric: task.metrics[task.metric], **task.metrics}
 
 
 def probability_metrics_of(
@@ -180,17 +221,21 @@ def sizes_of(model: Model, mean_length: float) -> dict[str, Any]:
 def gain_of(
     task: Task, before: Answers, after: Answers, *, confidence: float, resamples: int, seed: int
 ) -> dict[str, Any]:
-    """The difference of the task's metric, after − before, on the same rows; "lower_is_better" where it is so."""
+    """The difference of the task's metric, after − before, on the same rows; "lower_is_better" where it is so.
+
+    Of written translations it is BLEU's.
+    """
+    name, metric = next(iter(_metrics_for(task, after).items()))
     difference = paired_difference(
         before.statistics,
         after.statistics,
-        metric=task.metrics[task.metric],
+        metric=metric,
         confidence=confidence,
         resamples=resamples,
         seed=seed,
     )
-    direction = {"lower_is_better": True} if task.metric in task.lower_is_better else {}
-    return {"name": task.metric, **difference, **direction}
+    direction = {"lower_is_better": True} if name in task.lower_is_better else {}
+    return {"name": name, **difference, **direction}
 
 
 def changed(before: ClassAnswers, after: ClassAnswers, most: int) -> tuple[list[int], int]:
@@ -206,6 +251,13 @@ def moved(before: TokenAnswers, after: TokenAnswers, most: int) -> list[int]:
     return [int(row) for row in furthest[:most]]
 
 
+def rewritten(before: WrittenAnswers, after: WrittenAnswers, most: int) -> list[int]:
+    """Up to `most` rows that are written otherwise now, those first whose likeness to the reference moved furthest."""
+    change = np.abs(after.row_scores - before.row_scores)
+    rows = [row for row, texts in enumerate(zip(before.texts, after.texts, strict=True)) if len(set(texts)) > 1]
+    return sorted(rows, key=lambda row: -change[row])[:most]
+
+
 def confusion_of(answers: ClassAnswers) -> list[list[int]]:
     matrix: list[list[int]] = confusion(answers.labels, answers.ids, answers.classes).tolist()
     return matrix
@@ -216,19 +268,23 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model in PyTorch on labelled rows: metrics with intervals, rows, sizes.
 
-    rows     encoded rows, or rows with the task's columns.
+    rows     encoded rows, or rows with the task's columns. From the latter a translator also writes its own
+             translations, for BLEU and chrF, where sacrebleu is installed.
     raises   DataError where there is none, or none from which a language model foretells a token.
     """
     from moss_rlhf.tasks.loading import encoded
 
-    task = TASKS[model.task]
+    task, runtime = TASKS[model.task], TorchRuntime(model.network)
     ready = encoded(model, rows)
     if not len(ready):
         raise DataError("evaluate: there are no rows to measure on; give at least one with a text.")
-    answers = answer(task, TorchRuntime(model.network), ready, model.tokenizer)
+    answers = answer(task, runtime, ready, model.tokenizer)
     usual: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
-    result = {"metrics": metrics_of(task, answers, **usual), "rows": len(ready)}
-    result |= sizes_of(model, float(np.mean(ready["length"])))
+    metrics = metrics_of(task, answers, **usual)
+    if isinstance(task, Translation) and ready is not rows and has_sacrebleu():
+        written = translate(model, runtime, ready, [row["target"] for row in rows])
+        metrics |= metrics_of(task, written, **usual)
+    result = {"metrics": metrics, "rows": len(ready), **sizes_of(model, float(np.mean(ready["length"])))}
     if model.temperature and isinstance(answers, ClassAnswers):
         result["calibration"] = calibration_of(answers, model.temperature.value, **usual)
     return result

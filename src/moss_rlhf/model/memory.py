@@ -16,7 +16,11 @@ _FLOAT = 4
 _ROWS_AT_ONCE = 32
 _CACHE_BYTES = 2**30  # of activations between two blocks, for each stack; what exceeds it lies on disk
 _PASS_COPIES = 6  # of what enters a feed-forward: the block's own, the activation's, those of the statistics
-_KEPT = 68  # bytes a token, layer and hidden unit for backward (Korthikanti et al. 2022, arXiv:2205.05198, eq. 1)
+# Bytes a token, layer and hidden unit for backward, measured: Korthikanti et al. 2022 (arXiv:2205.05198, eq. 1) count
+# 68, masks and temporaries add to it. GPT-2's and T5's activations and norms run in pieces, each of which keeps its input.
+_KEPT, _KEPT_IN_PIECES = 100, 140
+_OUTPUT_GRADIENTS = 56  # more, where those of all matrices' outputs and of what enters units stay until the end
+_TABLE_COPIES = 5  # of a rounded embedding table
 _LOGIT_COPIES = 3  # the logits, their log probabilities, the gradient
 
 
@@ -88,10 +92,11 @@ def logits_bytes(network: Network, sample: Sample) -> int:
     return int(_FLOAT * _LOGIT_COPIES * sample.batch_tokens * network.vocabulary)
 
 
-def gradient_bytes(network: Network, sample: Sample) -> int:
-    """Forward and backward of one batch."""
+def gradient_bytes(network: Network, sample: Sample, *, of_outputs: bool = False) -> int:
+    """Forward and backward of one batch; language models are taken to be those that keep more."""
     layers, hidden = len(network.dimensions.blocks), network.dimensions.hidden
-    return int(_KEPT * hidden * layers * sample.batch_tokens) + logits_bytes(network, sample)
+    kept = (_KEPT_IN_PIECES if network.vocabulary else _KEPT) + (_OUTPUT_GRADIENTS if of_outputs else 0)
+    return int(kept * hidden * layers * sample.batch_tokens) + logits_bytes(network, sample)
 
 
 def repair_bytes(network: Network, sample: Sample) -> int:
@@ -102,8 +107,8 @@ def repair_bytes(network: Network, sample: Sample) -> int:
 
 
 def table_bytes(network: Network) -> int:
-    """Rounding the table of tokens: three copies."""
-    return 3 * _FLOAT * network.vocabulary * network.dimensions.hidden
+    """Rounding the table of tokens."""
+    return _TABLE_COPIES * _FLOAT * network.vocabulary * network.dimensions.hidden
 
 
 def calibration_bytes(network: Network, sample: Sample, *, grams: bool = False, solves: bool = False) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -26,6 +27,12 @@ class Runtime(Protocol):
     def run(self, batch: Batch) -> NDArray[np.float32]: ...
 
 
+class Writer(Protocol):
+    """What writes texts by itself: an encoder-decoder in PyTorch or in CTranslate2."""
+
+    def write(self, batch: Batch, most: int) -> list[list[int]]: ...
+
+
 class TorchRuntime:
     """The network in PyTorch, as its weights are (float32), evaluation mode. `labels` in a batch are left out."""
 
@@ -47,6 +54,21 @@ class TorchRuntime:
             inputs = {name: torch.from_numpy(value).to(device) for name, value in given.items()}
             logits: NDArray[np.float32] = self.network(**inputs).logits.float().cpu().numpy()
         return logits
+
+    def write(self, batch: Batch, most: int) -> list[list[int]]:
+        """What an encoder-decoder writes to each source, up to `most` tokens, always the likeliest next one."""
+        import torch
+
+        device = next(self.network.parameters()).device
+        given = {name: torch.from_numpy(batch[name]).to(device) for name in ("input_ids", "attention_mask")}
+        network: Any = self.network
+        settings = copy.deepcopy(network.generation_config)
+        settings.update(num_beams=1, do_sample=False, max_length=None, max_new_tokens=most + 1)
+        network.eval()
+        with torch.inference_mode():
+            written = network.generate(**given, generation_config=settings)
+        found: list[list[int]] = written[:, 1 : most + 1].tolist()  # BART's settings force an end upon the last
+        return found
 
 
 class OnnxRuntime:
@@ -100,13 +122,13 @@ class TranslatorRuntime:
 
         self.name = "CTranslate2"
         self.sources, self.targets = _vocabularies(place)
+        self._ids = {name: index for index, name in enumerate(self.targets)}
         self.end = str(json.loads((place / "config.json").read_text(encoding="utf-8"))["eos_token"])
         self.translator = ctranslate2.Translator(str(place), intra_threads=threads or usable_cores(), inter_threads=1)
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Log probabilities (batch, length) of the targets `labels`, 0 where those are negative."""
-        labels, lengths = batch["labels"], batch["attention_mask"].sum(axis=1)
-        sources = [_named(row[:length], self.sources) for row, length in zip(batch["input_ids"], lengths, strict=True)]
+        labels, sources = batch["labels"], self._named_sources(batch)
         targets = [_named(row[row >= 0], self.targets) for row in labels]
         # it puts the token that ends a target after each, and scores it
         scored = self.translator.score_batch(sources, [row[:-1] if row[-1:] == [self.end] else row for row in targets])
@@ -114,6 +136,17 @@ class TranslatorRuntime:
         for row, (target, found) in enumerate(zip(targets, scored, strict=True)):
             answers[row, : len(target)] = found.log_probs[: len(target)]
         return answers
+
+    def write(self, batch: Batch, most: int) -> list[list[int]]:
+        """What it writes to each source, up to `most` tokens, always the likeliest next one."""
+        found = self.translator.translate_batch(
+            self._named_sources(batch), beam_size=1, min_decoding_length=0, max_decoding_length=most
+        )
+        return [[self._ids[name] for name in written.hypotheses[0]] for written in found]
+
+    def _named_sources(self, batch: Batch) -> list[list[str]]:
+        lengths = batch["attention_mask"].sum(axis=1)
+        return [_named(row[:length], self.sources) for row, length in zip(batch["input_ids"], lengths, strict=True)]
 
 
 def _named(ids: NDArray[np.int64], vocabulary: list[str]) -> list[str]:

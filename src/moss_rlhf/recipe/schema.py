@@ -28,6 +28,9 @@ class EvaluateSpec(Spec):
     speed_rows: Positive = Field(
         256, description="texts that speed is measured on, a batch size; at least four batches"
     )
+    translate: int = Field(
+        1000, ge=0, description="translation: how many texts are translated for BLEU and chrF, at most; 0: none"
+    )
     temperature: bool = Field(
         True, description="fit the temperature of the shipped classifier's probabilities on validation"
     )

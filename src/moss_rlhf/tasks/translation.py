@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moss_rlhf.data import Column
-from moss_rlhf.model.runtime import Runtime
-from moss_rlhf.tasks.batching import pad
+from moss_rlhf.model.runtime import Runtime, Writer
+from moss_rlhf.tasks.batching import by_length, chunks, pad
 from moss_rlhf.tasks.language import (
     IGNORED,
     Row,
@@ -26,10 +26,13 @@ from moss_rlhf.tasks.language import (
     token_scores,
 )
 from moss_rlhf.tasks.lengths import longest_row
+from moss_rlhf.tasks.overlap import bleu, chrf
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
+
+_WRITTEN_AT_ONCE = 32  # rows
 
 
 class Translation:
@@ -39,6 +42,7 @@ class Translation:
     columns = (Column("source", "text"), Column("target", "text"))
     metric = "perplexity"
     metrics = {"perplexity": perplexity, "token_accuracy": token_accuracy}  # noqa: RUF012  # never changed
+    written_metrics = {"bleu": bleu, "chrf": chrf}  # noqa: RUF012  # of what it writes by itself
     lower_is_better = frozenset({"perplexity"})
     has_classes = False
     families = "encoder-decoder"
@@ -113,6 +117,16 @@ class Translation:
     def runtime_scores(self, runtime: Runtime, encoded: Dataset, tokenizer: Any) -> NDArray[np.float64]:
         """The same by a runtime file; a translator's third column is 0, for it tells no likeliest tokens."""
         return token_scores(self, runtime_scorer(self, runtime), encoded, tokenizer)
+
+    def write(self, runtime: Writer, encoded: Dataset, tokenizer: Any, most: int) -> list[str]:
+        """What a runtime makes of each source, greedily and of at most `most` tokens; in row order."""
+        order, texts = by_length(encoded["length"]), [""] * len(encoded)
+        for positions in chunks(order, _WRITTEN_AT_ONCE):
+            batch = pad([encoded[position] for position in positions], self.padding(tokenizer))
+            written = tokenizer.batch_decode(runtime.write(batch, most), skip_special_tokens=True)
+            for position, text in zip(positions, written, strict=True):
+                texts[position] = text.strip()
+        return texts
 
     def measure(self, network: Any, encoded: Dataset, tokenizer: Any) -> dict[str, float]:
         """Mean loss and metrics of encoded rows."""
