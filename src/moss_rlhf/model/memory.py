@@ -20,7 +20,7 @@ _PASS_COPIES = 6  # of what enters a feed-forward: the block's own, the activati
 # 68, masks and temporaries add to it. GPT-2's and T5's activations and norms run in pieces, each keeping its input.
 _KEPT, _KEPT_IN_PIECES = 100, 140
 _OUTPUT_GRADIENTS = 56  # more, where those of all matrices' outputs and of what enters units stay until the end
-_TABLE_COPIES = 5  # of a rounded embedding table
+_TABLE_COPIES = 4  # of a rounded embedding table
 _LOGIT_COPIES = 3  # the logits, their log probabilities, the gradient
 
 
