@@ -153,6 +153,7 @@ def test_the_page_and_the_summary(shipped):
     assert "ctranslate2/model.bin, CTranslate2 int8" in summary
     page = (place / "report.html").read_text(encoding="utf-8")
     assert "CTranslate2 float32" in page
+    assert ("Translations that changed the most" in page) == bool(report["rewritten"])
     assert "not measured" in page or task == "text-generation"
     assert report["data"]["train"].keys() >= {"rows", "dropped", "layout", "tokens"}
     assert "classes" not in report["data"]["train"]

@@ -45,7 +45,7 @@ def quantize(
     method: Literal["nearest", "gptq", "awq"] = "nearest",
     smooth: float = 0.0,
     group_size: int = 128,
-    activation_order: bool = False,
+    activation_order: bool | None = None,
     sparsity: float = 0.0,
     rows: int = 128,
     seed: int = 0,
@@ -62,7 +62,7 @@ def quantize(
                        before rounding to nearest.
     smooth             int8, int8_static: SmoothQuant's alpha (Xiao et al. 2022, arXiv:2211.10438), how much of the
                        activations' outliers moves into the weights, up to 1; 0: off.
-    activation_order   gptq: columns of large inputs first.
+    activation_order   gptq: columns of large inputs first, which is on unless False; nothing to the other methods.
     sparsity           gptq: this share of every matrix becomes zero in the same pass (arXiv:2301.00774, §3.4).
     raises             ModelError where the model is quantized already or holds inf or nan, a group does not fill a row
                        evenly, or options do not go together; nothing is changed then. ModelError where an activation
@@ -81,7 +81,7 @@ def quantize(
         notes |= smooth_activations(model, batches, smooth, progress)
     if method == "awq":
         notes |= scale_for_awq(model, batches, grid, progress)
-    solver = _Solver(model, grid, method, activation_order, sparsity)
+    solver = _Solver(model, grid, method, activation_order is not False, sparsity)
     solver.run(batches if method == "gptq" or scheme == "int8_static" else [], progress)
     if scheme != "int4":
         for table in quantized_tables(model.network):
@@ -180,7 +180,7 @@ def _refuse(
     scheme: str,
     method: str,
     smooth: float,
-    activation_order: bool,
+    activation_order: bool | None,
     sparsity: float,
     train: Any,
 ) -> None:

@@ -105,7 +105,7 @@ class QuantizeSpec(Spec):
         0.0, ge=0, le=1, description="int8: SmoothQuant's alpha, how much of the activations' outliers the weights take"
     )
     group_size: Positive = Field(128, description="int4: weights of a row that share a scale")
-    activation_order: bool = Field(False, description="gptq: columns of large activations first")
+    activation_order: bool | None = Field(None, description="gptq: columns of large activations first; on unless false")
     sparsity: Removed = Field(0.0, description="gptq: prune this share in the same pass (SparseGPT)")
     rows: CalibrationRows = 128
 
@@ -117,7 +117,9 @@ class QuantizeSpec(Spec):
         return self
 
 
-def combination_fault(scheme: str, method: str, smooth: float, activation_order: bool, sparsity: float) -> str | None:
+def combination_fault(
+    scheme: str, method: str, smooth: float, activation_order: bool | None, sparsity: float
+) -> str | None:
     """One sentence where `quantize`'s options do not go together or are out of range, else None."""
     faults = {
         f"activation_order and sparsity are for method gptq, not {method}. Leave them out, or give gptq.": (
