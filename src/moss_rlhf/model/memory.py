@@ -18,8 +18,8 @@ _CACHE_BYTES = 2**30  # of activations between two blocks, for each stack; what 
 _PASS_COPIES = 6  # of what enters a feed-forward: the block's own, the activation's, those of the statistics
 # Bytes a token, layer and hidden unit for backward, measured: Korthikanti et al. 2022 (arXiv:2205.05198, eq. 1) count
 # 68, masks and temporaries add to it. GPT-2's and T5's activations and norms run in pieces, each keeping its input.
-_KEPT, _KEPT_IN_PIECES = 100, 140
-_OUTPUT_GRADIENTS = 56  # more, where those of all matrices' outputs and of what enters units stay until the end
+_KEPT, _KEPT_IN_PIECES = 100, 160
+_OUTPUT_GRADIENTS = 70  # more, where those of all matrices' outputs and of what enters units stay until the end
 _TABLE_COPIES = 4  # of a rounded embedding table
 _LOGIT_COPIES = 3  # the logits, their log probabilities, the gradient
 
