@@ -149,7 +149,7 @@ def test_training_learned(shipped):
 def test_the_page_and_the_summary(shipped):
     task, _, report, place, _ = shipped
     summary = terminal_summary(report)
-    assert ("perplexity" if task == "text-generation" else "bleu") in summary
+    assert ("perplexity" if task == "text-generation" else "BLEU") in summary
     assert "ctranslate2/model.bin, CTranslate2 int8" in summary
     page = (place / "report.html").read_text(encoding="utf-8")
     assert "CTranslate2 float32" in page

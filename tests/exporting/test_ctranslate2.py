@@ -28,6 +28,19 @@ def test_float32_and_int8_answer_as_pytorch(family, tiny_model, tmp_path):
     assert export_ctranslate2(model, tmp_path / "int8", TEXTS)["difference_to_pytorch"] < 0.2
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart", "gpt2"])
+def test_a_vocabulary_of_bytes_has_no_unknown_token(kind, tmp_path):
+    sizes = {
+        "t5": {"d_model": 32, "d_kv": 8, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2, "d_ff": 64},
+        "bart": {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+        | {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
+        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    }
+    model = moss_rlhf.from_scratch({"model_type": kind, **sizes[kind]}, [text for pair in TEXTS for text in pair] * 20)
+    assert model.tokenizer.unk_token is None
+    assert export_ctranslate2(model, tmp_path / kind, TEXTS)["difference_to_pytorch"] < 1e-4
+
+
 @pytest.mark.parametrize("family", ["t5", "mt5", "bart"])
 def test_translators_write_what_pytorch_writes(family, tiny_model, tmp_path):
     model = tiny_model(family)

@@ -95,6 +95,7 @@ def _convert(model: Model, place: Path, quantization: str | None) -> None:
     try:
         spec = converter._load()  # its `convert` would not let us set the head size
         _set_head_size(spec, model)
+        _name_all(spec, model)
         spec.validate()
         spec.optimize(quantization=quantization)
         if quantization:
@@ -129,6 +130,13 @@ def _set_head_size(spec: Any, model: Model) -> None:
                 part = getattr(layer, name, None)
                 if part is not None:
                     vars(part)["head_dim"] = size  # a spec takes no attribute that its own constructor left out
+
+
+def _name_all(spec: Any, model: Model) -> None:
+    """The runtime wants a name for tokens that a vocabulary of bytes may lack: it holds every text."""
+    for name in ("unk_token", "bos_token"):
+        if getattr(spec.config, name) is None:
+            setattr(spec.config, name, model.tokenizer.eos_token)
 
 
 def _as_expected(network: Any, model: Model) -> Any:

@@ -40,7 +40,7 @@ def render_page(report: Report) -> str:
         summary=summary,
         tiles=_tiles(report),
         rows=table.rows(report),
-        main_metric=summary.main_metric(report),
+        stage_metric=summary.stage_metric(report),
         speed_charts=_speed_charts(table.columns(report)),
         histories=_histories(report),
         sensitivities=_sensitivities(report),
@@ -93,14 +93,12 @@ def _metric_tile(report: Report) -> Tile:
     name = summary.main_metric(report) or "metric"
     reached = report["after"]["metrics"].get(name)
     if report["gain"] is None:
-        return Tile(
-            wording.name_in_words(name).capitalize(), wording.estimate(reached), "nothing to compare with", "unknown"
-        )
+        return Tile(wording.title_in_words(name), wording.estimate(reached), "nothing to compare with", "unknown")
     change = report["gain"]["metric"]
     before = report["before"]["metrics"].get(name) or {}
     value = f"{wording.score(before.get('value'))} → {wording.score((reached or {}).get('value'))}"
     detail = wording.change_in_words(change, summary.confidence(report))
-    return Tile(wording.name_in_words(name).capitalize(), value, detail, wording.mark_of_metric(change))
+    return Tile(wording.title_in_words(name), value, detail, wording.mark_of_metric(change))
 
 
 def _ratio_tile(title: str, ratio: float | None, words: tuple[str, str, str], detail: str) -> Tile:

@@ -20,6 +20,17 @@ def main_metric(report: Report) -> str | None:
     return next(iter(report["after"]["metrics"]), None)
 
 
+def stage_metric(report: Report) -> str | None:
+    """The metric that stages are followed by: that of the gain, or the first that they were measured by."""
+    measured = [(stage.get("measurement") or {}).get("metrics") or {} for stage in report["stages"]]
+    name = main_metric(report)
+    return (
+        name
+        if any(name in metrics for metrics in measured)
+        else next((next(iter(each)) for each in measured if each), name)
+    )
+
+
 def confidence(report: Report) -> float:
     return float(report["recipe"]["evaluate"]["confidence"])
 
@@ -67,7 +78,7 @@ def _size_word(gain: Mapping[str, Any]) -> str:
 
 
 def _metric_word(change: Mapping[str, Any], tolerable: float) -> str:
-    name, lower = change["name"], wording.lower_is_better(change)
+    name, lower = wording.name_in_words(change["name"]), wording.lower_is_better(change)
     loss = "rise" if lower else "loss"
     if wording.mark_of_metric(change) == "same" and _worst_loss(change) > tolerable:
         return f"a {loss} of {name} not ruled out"
@@ -123,7 +134,7 @@ def metric_clause(report: Report) -> str:
     change = report["gain"]["metric"]
     before, after = (report[side]["metrics"].get(change["name"]) or {} for side in ("before", "after"))
     values = f"{wording.score(before.get('value'))} → {wording.score(after.get('value'))}"
-    return f"{change['name']} {values} ({wording.change_in_words(change, confidence(report))})"
+    return f"{wording.name_in_words(change['name'])} {values} ({wording.change_in_words(change, confidence(report))})"
 
 
 # --- why to believe it -----------------------------------------------------------------------------------------------
@@ -145,7 +156,9 @@ def _what_was_measured(report: Report) -> str:
 
 def _which_rows(report: Report) -> str:
     after = report["after"]
-    rows = f"Quality was measured on the {wording.count(after['rows'])} rows of the {after['split']} split"
+    judged = _judged_rows(after)
+    sample = f"{wording.count(judged)} of " if judged < after["rows"] else ""
+    rows = f"Quality was measured on {sample}the {wording.count(after['rows'])} rows of the {after['split']} split"
     if after["split"] == "test":
         return f"{rows}, which no stage has seen."
     return f"{rows}, which also chose the best checkpoints: expect a little less on new texts."
@@ -155,7 +168,7 @@ def _how_sure(report: Report) -> str:
     if report["gain"] is None or report["gain"]["metric"]["low"] is None:
         return ""
     change = report["gain"]["metric"]
-    name, low, high = change["name"], change["low"], change["high"]
+    name, low, high = wording.name_in_words(change["name"]), change["low"], change["high"]
     chance = "" if change["p_value"] is None else f" (p = {wording.significant(change['p_value'], 2)})"
     bounds = f"{wording.signed(low)} and {wording.signed(high)}"
     sure = f"With {wording.percent(confidence(report))} confidence"
@@ -198,11 +211,16 @@ def terminal_summary(report: Report) -> str:
     return "\n".join([*lines, *tables])
 
 
+def _judged_rows(measurement: Mapping[str, Any]) -> int:
+    """Rows behind the metric of the gain: of a translator's BLEU a sample."""
+    return int(measurement.get("translated", measurement["rows"]))
+
+
 def _terminal_rows(report: Report) -> list[str]:
     after, name = report["after"], main_metric(report)
     quality = metric_clause(report) if report["gain"] else f"{name} {wording.estimate(after['metrics'].get(name))}"
     rows = {
-        "quality": f"{quality}, {wording.count(after['rows'])} {after['split']} rows",
+        "quality": f"{quality}, {wording.count(_judged_rows(after))} {after['split']} rows",
         "speed": speed_in_words(report),
         "latency": latency_in_words(report),
         "size": size_in_words(report),

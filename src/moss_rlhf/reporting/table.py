@@ -39,7 +39,7 @@ def _metric_rows(report: Report, sides: Mapping[str, Measurement]) -> Iterator[R
     for name in dict.fromkeys(name for side in sides.values() for name in side["metrics"]):
         cells = {column: wording.estimate(side["metrics"].get(name)) for column, side in sides.items()}
         change = wording.signed(judged["delta"]) if judged["name"] == name else ""
-        yield _row(wording.name_in_words(name).capitalize(), cells, change)
+        yield _row(wording.title_in_words(name), cells, change)
 
 
 def _plain_rows(_: Report, sides: Mapping[str, Measurement]) -> Iterator[Row]:

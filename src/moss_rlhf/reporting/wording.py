@@ -21,6 +21,9 @@ def _if_measured(words: Callable[[float], str]) -> Callable[[float | None], str]
     return words_or_not
 
 
+_SPELLED = {"bleu": "BLEU", "chrf": "chrF"}
+
+
 def significant(value: float, digits: int = 3) -> str:
     """Rounded to `digits` significant digits, without an exponent from 0.001 up: 1,234 · 12.3 · 0.012."""
     if value == 0:
@@ -113,8 +116,13 @@ def percent(share: float) -> str:
 
 
 def name_in_words(name: object) -> str:
-    """feed_forward → feed forward, text-classification → text classification."""
-    return str(name).replace("_", " ").replace("-", " ")
+    """feed_forward → feed forward, text-classification → text classification, bleu → BLEU."""
+    return _SPELLED.get(str(name), str(name).replace("_", " ").replace("-", " "))
+
+
+def title_in_words(name: object) -> str:
+    """token_accuracy → Token accuracy, bleu → BLEU."""
+    return _SPELLED.get(str(name), name_in_words(name).capitalize())
 
 
 # --- what a number means ---------------------------------------------------------------------------------------------
@@ -159,8 +167,8 @@ def change_in_words(change: Mapping[str, Any], confidence: float) -> str:
     moved = "rose" if change["low"] > 0 else "fell"
     conclusion = {
         "same": "no significant difference",
-        "better": f"{change['name']} {moved}, outside what chance explains",
-        "worse": f"{change['name']} {moved}, outside what chance explains",
+        "better": f"{name_in_words(change['name'])} {moved}, outside what chance explains",
+        "worse": f"{name_in_words(change['name'])} {moved}, outside what chance explains",
     }[mark]
     bounds = f"{signed(change['low'])} to {signed(change['high'])}"
     return f"{signed(change['delta'])}, {percent(confidence)} interval {bounds}: {conclusion}"
