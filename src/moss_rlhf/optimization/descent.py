@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 128
+PANEL = 32
 
 
 def sweep(
@@ -39,8 +40,10 @@ def sweep(
         pull = (rows @ lost).add_(lost[here], alpha=damping)
         own = rows[:, here]
         changed = torch.zeros_like(pull)
-        for index in range(len(pull)):
-            if index:
-                pull[index].addmv_(changed[:index].T, own[:index, index], alpha=-1)
-            changed[index] = change(start + index, pull[index].div_(own[index, index] + damping))
+        for first in range(0, len(pull), PANEL):
+            last = min(first + PANEL, len(pull))
+            pull[first:last].addmm_(own[:first, first:last].T, changed[:first], alpha=-1)
+            for index in range(first, last):
+                pull[index].addmv_(changed[first:index].T, own[first:index, index], alpha=-1)
+                changed[index] = change(start + index, pull[index].div_(own[index, index] + damping))
         lost[here] -= changed

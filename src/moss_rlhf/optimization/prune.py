@@ -209,7 +209,7 @@ def _prune_by_inputs(
 
 
 _DAMPING = 0.01
-_SWEEPS = 10
+_SWEEPS = 3  # ten gain a sixth more and take three times as long
 
 
 def _solved(
