@@ -185,7 +185,8 @@ class Measuring:
 
     def _translations(self, artifacts: Mapping[str, Artifact], texts: Any) -> dict[str, WrittenAnswers]:
         """What translators write to the same seeded sample of the rows; nothing of any other task."""
-        if any(artifact.model.task != Translation.name for artifact in artifacts.values()) or not self._translates:
+        translators = all(artifact.model.task == Translation.name for artifact in artifacts.values())
+        if not translators or texts is None or not self.spec.translate or not has_sacrebleu():
             return {}
         chosen, found = self._translated(len(texts)), {}
         references = texts.select(chosen)["target"][:]
@@ -195,10 +196,6 @@ class Measuring:
             with on_accelerator(artifact.model.network) if isinstance(runtime, TorchRuntime) else nullcontext():
                 found[name] = translate(artifact.model, runtime, rows, references)
         return found
-
-    @property
-    def _translates(self) -> bool:
-        return bool(self.spec.translate) and has_sacrebleu()
 
     def _translated(self, rows: int) -> NDArray[np.int64]:
         return np.sort(np.random.default_rng(self.seed).permutation(rows)[: self.spec.translate])

@@ -157,7 +157,7 @@ def _what_was_measured(report: Report) -> str:
 def _which_rows(report: Report) -> str:
     after = report["after"]
     judged = _judged_rows(after)
-    sample = f"{wording.count(judged)} of " if judged < after["rows"] else ""
+    sample = f"{wording.count(judged)} of " if judged != after["rows"] else ""
     rows = f"Quality was measured on {sample}the {wording.count(after['rows'])} rows of the {after['split']} split"
     if after["split"] == "test":
         return f"{rows}, which no stage has seen."
@@ -211,9 +211,9 @@ def terminal_summary(report: Report) -> str:
     return "\n".join([*lines, *tables])
 
 
-def _judged_rows(measurement: Mapping[str, Any]) -> int:
+def _judged_rows(measurement: Mapping[str, Any]) -> Any:  # a number, or None
     """Rows behind the metric of the gain: of a translator's BLEU a sample."""
-    return int(measurement.get("translated", measurement["rows"]))
+    return measurement.get("translated") or measurement["rows"]
 
 
 def _terminal_rows(report: Report) -> list[str]:
