@@ -61,7 +61,7 @@ class Set:
 SETS = {
     "sst2": Set(
         "sst2_glue/train.tsv.gz", 20_000, "sst2/dev.tsv", "sst2/test.tsv", 10**6, 128, "head",
-        {"epochs": 2, "learning_rate": 2e-4, "layer_decay": 0.9},
+        {"epochs": 3, "learning_rate": 2e-4, "layer_decay": 0.9, "loss": {"label_smoothing": 0.1}},
     ),
     "imdb": Set(
         "imdb/train.tsv.gz", 5_000, "imdb/train.tsv.gz", "imdb/test.tsv.gz", 5_000, 256, "head+tail",
@@ -189,7 +189,7 @@ def of_runs(runs: list[Run]) -> tuple[str, str]:
 
 
 def described(given: Set) -> str:
-    words = ", ".join(f"{name} {value:g}" for name, value in given.options.items())
+    words = ", ".join(f"{name} {value}" for name, value in given.options.items())
     return f"{words}, {given.keep}, bfloat16" if uses_bfloat16("auto") else f"{words}, {given.keep}"
 
 

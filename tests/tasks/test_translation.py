@@ -12,6 +12,7 @@ import moss_rlhf
 from moss_rlhf.errors import DataError
 from moss_rlhf.evaluation import translate
 from moss_rlhf.model.runtime import TorchRuntime
+from moss_rlhf.model.surgery import keep_blocks, keep_feed_forward
 from moss_rlhf.optimization.calibration import mean_loss
 from moss_rlhf.tasks import Translation
 from moss_rlhf.tasks.language import IGNORED
@@ -122,10 +123,15 @@ def test_a_pair_without_a_target_is_refused(tiny_model):
 # What it writes by itself
 
 
+@pytest.mark.parametrize("shorter", [False, True])
 @pytest.mark.parametrize("family", ["t5", "mt5", "bart", "marian"])
-def test_a_translation_is_the_likeliest_token_again_and_again(family, tiny_model):
+def test_a_translation_is_the_likeliest_token_again_and_again(family, shorter, tiny_model):
     """Against a loop that reads the whole of what was written for every token, one row at a time, without padding."""
     model = tiny_model(family)
+    if shorter:  # the lowest block of each stack goes, and half of each feed-forward
+        keep_blocks(model.network, [index for index, block in enumerate(model.anatomy.blocks) if block.index])
+        for block in model.anatomy.blocks:
+            keep_feed_forward(block, torch.arange(block.feed_forward.width // 2))
     rows = TASK.encode(Dataset.from_list(PAIRS), model.tokenizer, max_length=16)
     most = 9
     written = TASK.write(TorchRuntime(model.network), rows, model.tokenizer, most)
