@@ -184,15 +184,15 @@ def test_a_neighbouring_key_is_one_that_touches():
 def test_synonyms_take_the_place_of_words_that_have_one():
     free = with_synonyms(is_free, synonyms)
     words = split_spaced(TEXT)
-    changed = replace_with_synonyms(words, free, 2, Draws(1), synonyms)
+    changed = replace_with_synonyms(words, free, 2, Draws(1))
     pairs = [(parts(one)[1], parts(other)[1]) for one, other in zip(words, changed, strict=True) if one != other]
     assert len(pairs) == 2
     assert all(new in TOY[old] for old, new in pairs)
-    inserted = insert_synonyms(words, free, 2, Draws(1), synonyms)
+    inserted = insert_synonyms(words, free, 2, Draws(1))
     added = Counter(inserted) - Counter(words)
     assert sum(added.values()) == 2
     assert {word.strip() for word in added} <= {name for names in TOY.values() for name in names}
-    assert replace_with_synonyms(["none ", "here"], free, 2, Draws(1), synonyms) == ["none ", "here"]
+    assert replace_with_synonyms(["none ", "here"], free, 2, Draws(1)) == ["none ", "here"]
 
 
 # --- Chinese ---------------------------------------------------------------------------------------------------------

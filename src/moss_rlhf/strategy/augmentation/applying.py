@@ -26,7 +26,6 @@ from moss_rlhf.strategy.augmentation.operations import (
 from moss_rlhf.strategy.augmentation.synonyms import wordnet_synonyms
 from moss_rlhf.strategy.augmentation.words import (
     FREE,
-    IsFree,
     Language,
     Split,
     is_han,
@@ -34,6 +33,8 @@ from moss_rlhf.strategy.augmentation.words import (
     splitter,
 )
 
+Wanted = Callable[[str], object]
+"""Whether a word may be changed, or what it may be changed for: nothing where it may not."""
 Rewrite = Callable[[Sequence[str], Sequence[Draws]], list[str]]
 
 
@@ -45,7 +46,7 @@ class WordOperation:
     rate: float
     change: Change
     split: Split
-    free: IsFree
+    free: Wanted
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,11 @@ def word_operations(rates: Mapping[str, float], language: Language) -> list[Word
     split = splitter(language) if needs_words or language != "zh" else split_characters
     synonyms = wordnet_synonyms() if {"synonym", "insert"} & set(asked) else _no_synonyms
     chinese, free = language == "zh", FREE[language]
-    with_one = with_synonyms(free, synonyms)
+    choices = with_synonyms(free, synonyms)
     punctuation = partial(insert_punctuation, marks=CHINESE_MARKS, space="") if chinese else insert_punctuation
-    made: dict[str, tuple[Change, Split, IsFree]] = {
-        "synonym": (partial(replace_with_synonyms, synonyms=synonyms), split, with_one),
-        "insert": (partial(insert_synonyms, synonyms=synonyms), split, with_one),
+    made: dict[str, tuple[Change, Split, Wanted]] = {
+        "synonym": (replace_with_synonyms, split, choices),
+        "insert": (insert_synonyms, split, choices),
         "swap": (swap_words, split, free),
         "delete": (delete_words, split, free),
         "typo": (slip_characters, split_characters, free) if chinese else (slip_letters, split, free),

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import compress
+from typing import Any
 
 from moss_rlhf.strategy.augmentation.draws import Draws
 from moss_rlhf.strategy.augmentation.words import IsFree, parts
 
-Change = Callable[[Sequence[str], IsFree, int, Draws], list[str]]
+Change = Callable[[Sequence[str], Any, int, Draws], list[str]]
 Synonyms = Callable[[str], Sequence[str]]
 
 MARKS = (".", ";", "?", ":", "!", ",")  # AEDA's
@@ -34,9 +36,7 @@ def swap_words(words: Sequence[str], free: IsFree, count: int, draws: Draws) -> 
     changed = list(words)
     chosen = draws.positions(changed, free, 2 * count)
     for first, second in zip(chosen[::2], chosen[1::2], strict=False):  # an odd one out stays
-        if parts(changed[first])[1] != parts(changed[second])[1]:
-            _exchange(changed, first, second)
-        else:  # the same word twice: any other one
+        if not _exchange(changed, first, second):  # the same word twice: any other one
             for another in draws.positions(changed, _other_than(changed[first], free), 1):
                 _exchange(changed, first, another)
     return changed
@@ -47,9 +47,11 @@ def _other_than(word: str, free: IsFree) -> IsFree:
     return lambda other: free(other) and parts(other)[1] != core
 
 
-def _exchange(words: list[str], first: int, second: int) -> None:
+def _exchange(words: list[str], first: int, second: int) -> bool:
+    """Whether they differ."""
     one, other = parts(words[first]), parts(words[second])
     words[first], words[second] = one[0] + other[1] + one[2], other[0] + one[1] + other[2]
+    return one[1] != other[1]
 
 
 def delete_words(words: Sequence[str], free: IsFree, count: int, draws: Draws) -> list[str]:
@@ -74,29 +76,31 @@ def _remove(words: list[str], position: int) -> None:
         words[position - 1] = words[position - 1].rstrip() + after
 
 
-def replace_with_synonyms(
-    words: Sequence[str], free: IsFree, count: int, draws: Draws, synonyms: Synonyms
-) -> list[str]:
-    """Put a synonym in the place of `count` words; `free` are those that have one, see `with_synonyms`."""
+def replace_with_synonyms(words: Sequence[str], choices: Synonyms, count: int, draws: Draws) -> list[str]:
+    """Put one of its `choices`, see `with_synonyms`, in the place of `count` words that have any."""
     changed = list(words)
-    for position in draws.positions(words, free, count):
-        before, core, after = parts(changed[position])
-        changed[position] = before + draws.one(synonyms(core)) + after
+    for position in _positions(words, choices, count, draws):
+        before, _, after = parts(words[position])
+        changed[position] = before + draws.one(choices(words[position])) + after
     return changed
 
 
-def insert_synonyms(words: Sequence[str], free: IsFree, count: int, draws: Draws, synonyms: Synonyms) -> list[str]:
-    """Put a synonym of one of the words before any word, `count` times; `free` as in `replace_with_synonyms`."""
+def insert_synonyms(words: Sequence[str], choices: Synonyms, count: int, draws: Draws) -> list[str]:
+    """Put a synonym of one of the words before any word, `count` times; `choices` as in `replace_with_synonyms`."""
     changed = list(words)
-    for position in draws.positions(words, free, count):
-        synonym = draws.one(synonyms(parts(words[position])[1]))
-        changed.insert(draws.below(len(changed)), f"{synonym} ")
+    for position in _positions(words, choices, count, draws):
+        changed.insert(draws.below(len(changed)), draws.one(choices(words[position])) + " ")
     return changed
 
 
-def with_synonyms(free: IsFree, synonyms: Synonyms) -> IsFree:
-    """The free words that have a synonym; remembers what it was asked."""
-    return lru_cache(None)(lambda word: free(word) and bool(synonyms(parts(word)[1])))
+def _positions(words: Sequence[str], choices: Synonyms, count: int, draws: Draws) -> list[int]:
+    """Few words have a synonym: to look at all of them is quicker than `draws.positions`, which tries some."""
+    return draws.some(list(compress(range(len(words)), map(choices, words))), count)
+
+
+def with_synonyms(free: IsFree, synonyms: Synonyms) -> Synonyms:
+    """The synonyms of free words, none of others; remembers what it was asked."""
+    return lru_cache(None)(lambda word: synonyms(parts(word)[1]) if free(word) else ())
 
 
 def insert_punctuation(
