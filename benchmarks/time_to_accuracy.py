@@ -61,7 +61,7 @@ class Set:
 SETS = {
     "sst2": Set(
         "sst2_glue/train.tsv.gz", 20_000, "sst2/dev.tsv", "sst2/test.tsv", 10**6, 128, "head",
-        {"epochs": 3, "learning_rate": 2e-4, "layer_decay": 0.9, "loss": {"label_smoothing": 0.1}},
+        {"epochs": 2, "learning_rate": 2e-4, "layer_decay": 0.9},
     ),
     "imdb": Set(
         "imdb/train.tsv.gz", 5_000, "imdb/train.tsv.gz", "imdb/test.tsv.gz", 5_000, 256, "head+tail",

@@ -26,6 +26,8 @@ from moss_rlhf.finetuning.running import Training, training_folder
 from moss_rlhf.model.checkpoint import Model, load_checkpoint, save_checkpoint
 from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.progress import Progress
+from moss_rlhf.recipe import FinetuneSpec
+from moss_rlhf.recipe.options import check_options
 from moss_rlhf.tasks import TASKS, TextClassification
 from moss_rlhf.tasks.loading import encoded
 from moss_rlhf.tasks.metrics import confusion
@@ -132,6 +134,7 @@ def _check(members: int, by: str, options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in known:
             raise RecipeError(f"ensemble.finetune: {name!r} can't be given here; {nearest(name, known)}")
+    check_options(FinetuneSpec, options, "ensemble.finetune")
 
 
 def stratified_folds(labels: Ids, folds: int, seed: int, names: tuple[str, ...] | None = None) -> Ids:

@@ -70,12 +70,15 @@ from moss_rlhf.finetuning.trainer import SAVE_EVERY_SECONDS, Plan, checkpoints
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.reinitialise import draw_blocks
 from moss_rlhf.progress import Progress
+from moss_rlhf.recipe import FinetuneSpec
+from moss_rlhf.recipe.options import follows
 from moss_rlhf.recipe.pairs import pair_fault
 from moss_rlhf.strategy import Unfreeze, shaped
 from moss_rlhf.tasks import TASKS, Task, TextClassification, TextGeneration
 from moss_rlhf.tasks.loading import encoded
 
 
+@follows(FinetuneSpec, "finetune")
 def finetune(
     model: Model,
     train: Any,
@@ -165,13 +168,16 @@ def finetune(
                         8, "alpha": 16, "dropout": 0.05, "targets": "all-linear", "keep_zeros": False}.
     workspace           where to keep checkpoints; a training interrupted there resumes from its last one and ends in
                         the same bits. None: nothing is kept.
-    raises              DataError where there are no rows; RecipeError on phases that can't be; MachineError where a
+    raises              DataError where there are no rows; RecipeError on values that a recipe could not hold, options
+                        that contradict each other, or phases that can't be; MachineError where a
                         required cache can't be had; ModelError where the model is quantized, the teacher has
                         other labels, another vocabulary or layers that can't be paired, or the loss is no longer
                         finite; Interrupted after Ctrl-C, once a checkpoint is written.
     """
     if model.quantization:
         raise ModelError("finetune: the model is quantized already; fine-tune it before, then quantize.")
+    if distill is not None and teacher is None:
+        raise RecipeError("finetune.distill: there is no teacher. Give one, such as teacher=load(path).")
     taught = option(Distillation, distill, "distill") or Distillation()
     if fault := pair_fault(
         movement=movement,

@@ -36,12 +36,15 @@ from moss_rlhf.finetuning.sampling import epoch_batches
 from moss_rlhf.finetuning.trainer import SAVE_EVERY_SECONDS, Plan
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.progress import Progress
+from moss_rlhf.recipe import PretrainSpec
+from moss_rlhf.recipe.options import follows
 from moss_rlhf.strategy import SCHEDULES, Judge, Schedule
 
 FEW_TEXTS = 5000
 """Fewer can do harm: on TREC's 5,452 questions the error rose from 2.80 to 3.20 % (arXiv:1905.05583, table 8)."""
 
 
+@follows(PretrainSpec, "pretrain")
 def pretrain(
     model: Model,
     texts: str | Path | Sequence[str],

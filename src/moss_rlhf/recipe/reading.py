@@ -187,7 +187,7 @@ def _explain(faults: Sequence[Any]) -> list[str]:
     rules: dict[tuple[str, str], list[str]] = {}
     for fault in faults:
         where = ".".join(_without_tags([str(part) for part in fault["loc"]])) or "the recipe"
-        rules.setdefault((where, _complaint(fault)), []).append(_rule(fault))
+        rules.setdefault((where, _complaint(fault)), []).append(rule(fault))
     return [f"{where}: {complaint}{' or '.join(dict.fromkeys(found))}." for (where, complaint), found in rules.items()]
 
 
@@ -197,7 +197,7 @@ def _complaint(fault: Any) -> str:
     return "is missing; " if fault["type"] == "missing" else f"{fault['input']!r} can't be used; it must "
 
 
-def _rule(fault: Any) -> str:
+def rule(fault: Any) -> str:
     """What a value must do, in words that need no knowledge of Python: 'be a whole number'."""
     if fault["type"] in OUR_FAULTS:
         return str(fault["msg"]).rstrip(".")
