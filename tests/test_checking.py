@@ -13,7 +13,7 @@ from moss_rlhf.errors import DataError, MachineError, ModelError, RecipeError, U
 from moss_rlhf.model.anatomy import FAMILIES
 from moss_rlhf.model.cost import macs_per_token
 from moss_rlhf.optimization import narrow, shorten
-from moss_rlhf.recipe import make_recipe
+from moss_rlhf.recipe import make_recipe, with_values
 from moss_rlhf.reporting.forecast import forecast_text
 from moss_rlhf.tasks.loading import load
 
@@ -280,6 +280,65 @@ def test_a_forecast_knows_phases_and_the_cache(tiny_checkpoint, data, tmp_path):
 def test_options_of_fine_tuning_are_held_against_the_data_and_the_model(fields, words, tiny_checkpoint, data, tmp_path):
     with pytest.raises(RecipeError, match=words):
         check(_recipe(tiny_checkpoint("bert", LABELS), data, tmp_path / "run", [{"finetune": fields}]))
+
+
+@pytest.mark.parametrize(
+    ("family", "stage", "message"),
+    [
+        (
+            "bert",
+            {"finetune": {"packing": True}},
+            r"finetune\.packing: text-classification has no documents",
+        ),
+        ("albert", {"finetune": {"mixup": 0.2}}, r"finetune\.mixup: albert's one block serves all layers"),
+        ("bert", {"finetune": {"report_to": ["trackio"]}}, r"finetune\.report_to: trackio is not installed\. Run: pip"),
+        ("bert", {"pretrain": {"objective": "spans"}}, r"pretrain\.objective: spans can't be learned by a bert"),
+        (
+            "bert",
+            {"ensemble": {"finetune": {"loss": {"class_weights": {"zz": 2}}}}},
+            r"ensemble\.finetune\.loss\.class_weights: the data has no label 'zz'",
+        ),
+        ("gpt2", {"finetune": {"mixup": 0.2}}, r"finetune\.mixup: text-generation has no classes to mix"),
+        ("gpt2", {"finetune": {"loss": {"gamma": 2.0}}}, r"finetune\.loss: text-generation foretells tokens"),
+    ],
+)
+def test_what_a_stage_would_stumble_over_is_told_before_the_first(
+    family, stage, message, tiny_checkpoint, rows_of, data, tmp_path
+):
+    if family == "gpt2":
+        recipe = _language_recipe(family, tiny_checkpoint(family), rows_of, tmp_path, [stage])
+    else:
+        recipe = _recipe(tiny_checkpoint(family, LABELS), data, tmp_path / "run", [stage])
+    with pytest.raises(UserError, match=message):
+        check(recipe)
+
+
+def test_a_teachers_labels_have_the_same_order(tiny_checkpoint, data, tmp_path):
+    stage = {"finetune": {"distill": {"teacher": str(tiny_checkpoint("bert", LABELS[::-1]))}}}
+    with pytest.raises(ModelError, match="Give one of the same labels in the same order"):
+        check(_recipe(tiny_checkpoint("bert"), data, tmp_path / "run", [stage]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("stages.0.finetune.phases", [{"train": ["block.7"]}], "there is no group 'block.7'"),
+        ("stages.0.finetune.reinitialise", 4, "4 of 3 blocks"),
+        ("stages.2.shorten.remove", 3, "3 of 3 layers would leave none"),
+    ],
+)
+def test_each_value_of_a_search_is_checked_against_the_model(field, value, why, tiny_checkpoint, data, tmp_path):
+    recipe = _recipe(tiny_checkpoint("bert"), data, tmp_path / "run")
+    searching = with_values(recipe, {"search": {"space": {field: [value]}, "trials": 1}})
+    with pytest.raises(RecipeError, match=rf"search\.space\.{field}: .* can't be tried: .*{why}"):
+        check(searching)
+
+
+@pytest.mark.parametrize("field", ["model", "data.validation", "data.limit.validation"])
+def test_what_a_search_may_not_touch(field, tiny_checkpoint, data, tmp_path):
+    recipe = _recipe(tiny_checkpoint("bert"), data, tmp_path / "run")
+    with pytest.raises(RecipeError, match=f"{field} is not to be searched"):
+        with_values(recipe, {"search": {"space": {field: [0.1]}}})
 
 
 def test_r_drop_is_foretold_to_cost_twice(tiny_checkpoint, data, tmp_path):

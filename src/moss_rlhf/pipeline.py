@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moss_rlhf.checking import settled
+from moss_rlhf.checking import check_candidates, settled
 from moss_rlhf.evaluation import PeakMemory, describe_machine, versions
 from moss_rlhf.files import copy_directory, read_json, write_json, write_text
 from moss_rlhf.measuring import PROTOCOL, Measuring, same_threads, torch_artifact
@@ -59,6 +59,7 @@ def _search(recipe: Recipe, place: RunDirectory, progress: Progress) -> Found | 
     """The winner of the recipe's search. What trials found counts as long as the data and the model stay the same."""
     if recipe.search is None:
         return None
+    check_candidates(recipe)
     basis = prepare(recipe.model_copy(update={"search": None}), place, progress, same_threads()).fingerprint
     return search(recipe, recipe.search, on_validation, place.path / "search", progress, basis)
 

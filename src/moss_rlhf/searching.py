@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from moss_rlhf.errors import MachineError, MossError, UserError
+from moss_rlhf.errors import MachineError, RecipeError, UserError
 from moss_rlhf.files import digest, write_text
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import RangeSpec, Recipe, SearchSpec, recipe_values, recipe_yaml, with_values
@@ -58,7 +58,7 @@ def search(
     folder   where the journal and the trials lie.
     basis    a fingerprint of what the recipe's names stand for, its rows and weights: with others, what trials came to
              before no longer counts.
-    raises   MachineError where optuna is missing; MossError where every trial failed.
+    raises   MachineError where optuna is missing; RecipeError where every trial failed.
     """
     with _quiet():
         study = _Study(recipe, spec, measure, folder, progress, basis)
@@ -182,7 +182,7 @@ class _Study:
         complete = self._complete()
         if not complete:
             reasons = {str(trial.user_attrs["result"].get("why")) for trial in self._finished()}
-            raise MossError(f"search: none of {self.spec.trials} trials came to an end: {'; '.join(sorted(reasons))}")
+            raise RecipeError(f"search: none of {self.spec.trials} trials came to an end: {'; '.join(sorted(reasons))}")
         best = max(complete, key=lambda trial: (trial.value, -trial.number))
         return with_values(self.base, self._values(best.number))
 

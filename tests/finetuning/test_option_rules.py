@@ -67,7 +67,5 @@ def test_ensemble(tiny_model, rows):
 
 def test_distillation_with_a_teacher(tiny_model, rows):
     model = tiny_model("bert")
-    with pytest.raises(
-        RecipeError, match=r"finetune\.distill\.temperature: 0 can't be used; it must be"
-    ):
+    with pytest.raises(RecipeError, match=r"finetune\.distill\.temperature: 0 can't be used; it must be"):
         moss_rlhf.finetune(model, rows, rows, teacher=model, distill={"temperature": 0})

@@ -11,13 +11,14 @@ from moss_rlhf.checking.rows import (
 )
 from moss_rlhf.checking.source import source_of
 from moss_rlhf.checking.stages import check_output, check_stages
-from moss_rlhf.checking.whole import Check, check, settled
+from moss_rlhf.checking.whole import Check, check, check_candidates, settled
 
 __all__ = [
     "Check",
     "Forecast",
     "check",
     "check_augmentation",
+    "check_candidates",
     "check_folds",
     "check_labels",
     "check_output",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moss_rlhf.checking.fields import field_of, training_of
 from moss_rlhf.checking.source import named
 from moss_rlhf.data.cleaning import check_packages
 from moss_rlhf.errors import DataError, ModelError, RecipeError, nearest
@@ -67,19 +68,20 @@ def check_labels(recipe: Recipe, config: dict[str, Any], labels: Sequence[str]) 
     if not TASKS[recipe.task].has_classes:
         return
     for index, stage in enumerate(recipe.stages):
-        spec = stage_spec(stage)
-        if isinstance(spec, FinetuneSpec) and spec.loss and isinstance(spec.loss.class_weights, dict):
-            _check_weights(spec.loss.class_weights, labels, f"stages.{index}.finetune.loss.class_weights")
+        spec, training = stage_spec(stage), training_of(stage_spec(stage))
+        if training and training.loss and isinstance(training.loss.class_weights, dict):
+            _check_weights(training.loss.class_weights, labels, f"{field_of(index, stage)}.loss.class_weights")
         if (
             isinstance(spec, FinetuneSpec)
             and isinstance(spec.distill, DistillSpec)
             and spec.distill.teacher != "parent"
         ):
             taught = trained_labels(read_config(locate(spec.distill.teacher)))
-            if taught is None or set(taught) != set(labels):
+            if taught is None or list(taught) != list(labels):
                 raise ModelError(
                     f"stages.{index}.finetune.distill.teacher: {spec.distill.teacher} was trained for the labels "
-                    f"{', '.join(taught or ('(none)',))}; the data has {', '.join(labels)}. Give a teacher of the same."
+                    f"{', '.join(taught or ('(none)',))}; the data has {', '.join(labels)}. Give one of the same "
+                    "labels in the same order."
                 )
     known = trained_labels(config)
     if KEY in config and known is not None and set(known) != set(labels):

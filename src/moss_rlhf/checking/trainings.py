@@ -37,6 +37,10 @@ def check_finetuning(
     if spec is None:
         return
     _check_metric(spec.metric, recipe.task, f"{field}.metric")
+    _check_task(spec, recipe.task, config, field)
+    for name in spec.report_to:
+        if find_spec(name) is None:
+            raise MachineError(f"{field}.report_to: {name} is not installed. Run: pip install {name}")
     _check_layers(spec, shapes, config, field)
     if spec.layers == "by_damage":
         _check_damage(recipe, index, place, field)
@@ -45,6 +49,24 @@ def check_finetuning(
     if isinstance(spec.distill, DistillSpec):
         check_teacher(recipe, index, spec.distill.teacher, config, f"{field}.distill.teacher")
         check_layer_map(spec.distill, depths, stages_before_compression(recipe), f"{field}.distill.layers")
+
+
+def _check_task(spec: FinetuneSpec, task: str, config: dict[str, Any], field: str) -> None:
+    """What only labels, or only documents, can be trained with."""
+    classes, loss = TASKS[task].has_classes, spec.loss
+    tokens = loss and (loss.kind != "cross_entropy" or loss.class_weights is not None or loss.gamma > 0)
+    shared = family_of(config["model_type"]).shared
+    faults = {
+        f"packing: {task} has no documents to pack; it is for text-generation. Leave it out.": spec.packing
+        and task != "text-generation",
+        f"mixup: {task} has no classes to mix. Leave it out.": spec.mixup and not classes,
+        f"mixup: {config['model_type']}'s one block serves all layers, so states would be mixed once a layer. Leave it "
+        "out.": spec.mixup and shared,
+        f"loss: {task} foretells tokens, by cross-entropy: kind, class_weights and gamma are for labels. Leave them "
+        "out; label_smoothing and r_drop can be used.": tokens and not classes,
+    }
+    if fault := next((fault for fault, holds in faults.items() if holds), None):
+        raise RecipeError(f"{field}.{fault}")
 
 
 def _check_layers(spec: FinetuneSpec, shapes: Sequence[BlockShape], config: dict[str, Any], field: str) -> None:
@@ -97,6 +119,13 @@ def _check_adapter(recipe: Recipe, index: int, adapter: AdapterSpec, config: dic
 def check_pretraining(recipe: Recipe, index: int, config: dict[str, Any], field: str) -> None:
     """Whether there are texts to read, and the model still has the hidden size that a language model's head fits."""
     spec = stage_spec(recipe.stages[index])
+    kind = family_of(config["model_type"]).kind
+    fitting = {"encoder": ("masked",), "decoder": ("causal",), "encoder-decoder": ("spans", "infilling")}[kind]
+    if spec.objective not in ("auto", *fitting):
+        raise RecipeError(
+            f"{field}.objective: {spec.objective} can't be learned by a {config['model_type']}, an {kind}. Give "
+            f"{' or '.join(fitting)}, or leave it out."
+        )
     if spec.texts != "task":
         read_texts(spec.texts, f"{field}.texts", limit=1)
     narrowed = any(

@@ -20,9 +20,10 @@ from moss_rlhf.checking.rows import (
 from moss_rlhf.checking.source import source_of
 from moss_rlhf.checking.stages import check_output, check_stages
 from moss_rlhf.data import DataCheck, check_data
+from moss_rlhf.errors import RecipeError, UserError
 from moss_rlhf.model.config import position_limit, read_config, trained_labels
 from moss_rlhf.progress import Progress
-from moss_rlhf.recipe import Recipe, SearchSpec, settle_distillation, stage_spec
+from moss_rlhf.recipe import Recipe, SearchSpec, candidates, settle_distillation, stage_spec, with_values
 from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.lengths import choose_max_length, length_facts, row_lengths
 
@@ -48,6 +49,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     config = read_config(place)
     asked, recipe = recipe, settled(recipe)
     check_stages(recipe, place)
+    check_candidates(recipe)
     check_output(recipe, place)
     check_rows(recipe)
     task = TASKS[recipe.task]
@@ -77,6 +79,22 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     ]
     trainings = _trainings(recipe.search, rows["train"]) if recipe.search else 1
     return Check(data, tokens, state.parameters, stages, (*data.notes, *notes), trainings)
+
+
+def check_candidates(recipe: Recipe) -> None:
+    """Whether each value that a search may try could be run, the other fields being as they are.
+
+    raises   RecipeError with the field and the value.
+    """
+    base = recipe.model_copy(update={"search": None})
+    for field, choice in (recipe.search.space if recipe.search else {}).items():
+        for value in candidates(choice):
+            candidate = settled(with_values(base, {field: value}))
+            try:
+                check_stages(candidate, source_of(candidate))
+                check_rows(candidate)
+            except UserError as error:
+                raise RecipeError(f"search.space.{field}: {value!r} can't be tried: {error}") from None
 
 
 def _trainings(search: SearchSpec, rows: int) -> float:

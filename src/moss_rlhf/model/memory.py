@@ -13,7 +13,7 @@ from moss_rlhf.model.cost import Dimensions
 
 LIBRARY_BYTES = 500 * 2**20  # torch, transformers and datasets, once the data is read and tokenized
 _FLOAT = 4
-_ROWS_AT_ONCE = 32
+_ROWS_AT_ONCE, _TOKENS_AT_ONCE = 32, 2048
 _CACHE_BYTES = 2**30  # of activations between two blocks, for each stack; what exceeds it lies on disk
 _PASS_COPIES = 6  # of what enters a feed-forward: the block's own, the activation's, those of the statistics
 # Bytes a token, layer and hidden unit for backward, measured: Korthikanti et al. 2022 (arXiv:2205.05198, eq. 1) count
@@ -52,7 +52,8 @@ class Sample:
     @property
     def batch_tokens(self) -> float:
         """Of the batch of the longest rows, padding included."""
-        return min(self.rows, _ROWS_AT_ONCE) * self.longest
+        fitting = max(1, min(_ROWS_AT_ONCE, _TOKENS_AT_ONCE // max(1, int(self.longest))))
+        return min(self.rows, fitting) * self.longest
 
 
 def block_inputs(shape: BlockShape, dimensions: Dimensions) -> list[int]:
@@ -76,8 +77,8 @@ def pass_bytes(network: Network, sample: Sample) -> int:
 
 
 def grams_bytes(network: Network) -> int:
-    """Σ x xᵀ of a block's inputs, and of the block's before, which the caller still holds."""
-    return 2 * _FLOAT * sum(width**2 for width in block_inputs(network.widest, network.dimensions))
+    """Σ x xᵀ of a block's inputs."""
+    return _FLOAT * sum(width**2 for width in block_inputs(network.widest, network.dimensions))
 
 
 def solver_bytes(network: Network) -> int:

@@ -102,7 +102,7 @@ class Visit:
     """One block, ready to be changed, and what entered its matrices, by their names."""
 
     block: Block
-    statistics: Mapping[str, InputStatistics]
+    statistics: dict[str, InputStatistics]
 
 
 def calibrate(
@@ -121,7 +121,8 @@ def calibrate(
     cache_bytes   of activations kept in memory; beyond it they lie in a temporary folder.
     raises        ModelError where an activation is not finite, naming the matrix.
 
-    A block that serves several layers (ALBERT's) is visited once, with the statistics of all of them.
+    A block that serves several layers (ALBERT's) is visited once, with the statistics of all of them. They are the
+    visit's: once the loop goes on they are gone.
     """
     progress = progress or Progress(quiet=True)
     replay = Replay(model.network, batches, cache_bytes, getattr(model, "weights", None))
@@ -131,6 +132,7 @@ def calibrate(
                 statistics = replay.gather(position, gather)
                 if position == replay.last_use(block):
                     yield Visit(block, statistics)
+                    statistics.clear()  # the caller still holds them, and they may be larger than the block
                 replay.advance(position)
             bar.advance()
 

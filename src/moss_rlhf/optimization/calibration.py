@@ -17,7 +17,7 @@ from moss_rlhf.model.replay import Batch
 from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.batching import by_length, chunks
 
-_ROWS_AT_ONCE = 32
+_ROWS_AT_ONCE, _TOKENS_AT_ONCE = 32, 2048  # wide feed-forwards hold several copies of what goes through them
 _ROWS_TIMED = 8
 
 
@@ -36,7 +36,8 @@ def calibration_rows(encoded: Any, rows: int, seed: int) -> Any:
 def labelled_batches(model: Model, sample: Any) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """(inputs, labels) of a sample, in its order, on the network's device."""
     device, task = next(model.network.parameters()).device, TASKS[model.task]
-    for positions in chunks(range(len(sample)), _ROWS_AT_ONCE):
+    longest = max(sample["length"], default=1)
+    for positions in chunks(range(len(sample)), max(1, min(_ROWS_AT_ONCE, _TOKENS_AT_ONCE // longest))):
         rows = [sample[position] for position in positions]
         batch = {name: value.to(device) for name, value in task.collate(rows, model.tokenizer).items()}
         yield task.inputs(model.network, batch), batch["labels"]

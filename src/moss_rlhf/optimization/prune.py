@@ -201,8 +201,8 @@ def _prune_by_inputs(
     gather: Literal["norms", "grams"] = "grams" if method == "sparsegpt" else "norms"
     for visit in calibrate(model, batches, gather=gather, progress=progress, title=f"pruning ({method})"):
         for matrix in visit.block.matrices:
-            found = visit.statistics[matrix.name]
-            weight, used = _solved(matrix, found, method, pattern, shares[matrix.name])
+            # taken out: no name of ours is to hold the last one's gram while the next block runs
+            weight, used = _solved(matrix, visit.statistics.pop(matrix.name), method, pattern, shares[matrix.name])
             _zero(model, matrix, weight)
             damping |= {matrix.name: used} if used > _DAMPING else {}
     return damping

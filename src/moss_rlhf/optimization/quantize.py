@@ -121,7 +121,7 @@ class _Solver:
             self.model, batches, gather="grams" if self.method == "gptq" else "norms", progress=progress
         ):
             for matrix in visit.block.matrices:
-                self.solve(matrix, visit.statistics[matrix.name])
+                self.solve(matrix, visit.statistics.pop(matrix.name))
 
     def solve(self, matrix: Matrix, found: InputStatistics) -> None:
         self.ranges[matrix.name] = (min(found.least, 0.0), max(found.most, 0.0))

@@ -37,7 +37,7 @@ from moss_rlhf.recipe.reading import (
 )
 from moss_rlhf.recipe.schema import EvaluateSpec, Recipe, settle_distillation, stages_before_compression
 from moss_rlhf.recipe.scratch import ScratchSpec
-from moss_rlhf.recipe.search import RangeSpec, SearchSpec
+from moss_rlhf.recipe.search import RangeSpec, SearchSpec, candidates
 from moss_rlhf.recipe.stages import stage_kind, stage_spec
 
 __all__ = [
@@ -73,6 +73,7 @@ __all__ = [
     "SplitLayout",
     "TrimVocabularySpec",
     "apply_override",
+    "candidates",
     "make_recipe",
     "parse_yaml",
     "read_recipe",

@@ -9,7 +9,10 @@ from pydantic_core import PydanticCustomError
 
 from moss_rlhf.recipe.spec import Positive, Spec
 
-_UNTOUCHED = ("data.test", "evaluate", "export", "output", "search", "seed", "task")
+_UNTOUCHED = (
+    *("data.limit.validation", "data.test", "data.validation"),  # trials are compared on the same rows
+    *("evaluate", "export", "model", "output", "search", "seed", "task"),
+)
 
 
 class RangeSpec(Spec):
@@ -59,7 +62,7 @@ class SearchSpec(Spec):
             if field.startswith(_UNTOUCHED):
                 raise PydanticCustomError(
                     "nothing",
-                    "space: {field} is not to be searched; name fields of stages, or of data but for test",
+                    "space: {field} is not to be searched; name fields of stages, or of data but validation and test",
                     {"field": field},
                 )
             if self.rows is not None and field.startswith("data.limit"):
