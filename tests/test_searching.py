@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from moss_rlhf.errors import MossError, RecipeError, UserError
+from moss_rlhf.finetuning import prefix_cache
 from moss_rlhf.pipeline import on_validation, run
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import make_recipe, with_values
@@ -252,6 +253,28 @@ def test_a_real_search_looks_at_validation_alone(tiny_checkpoint, rows, tmp_path
     seen.clear()
     assert run(recipe)["search"] == report["search"]
     assert seen == []
+
+
+def test_trials_share_what_frozen_blocks_give(tiny_checkpoint, rows, tmp_path, monkeypatch):
+    """Rows run through the blocks once for three trials, once for the winner again, and once for the run itself."""
+    recipe = _real_recipe(tiny_checkpoint, rows, tmp_path, seeds=1)
+    training = {"batch_size": 8, "precision": "float32", "cache": "required"}
+    recipe["stages"] = [{"finetune": training | {"phases": [{"train": ["head"], "epochs": 2}]}}]
+    recipe["search"] |= {"space": {RATE: [1e-4, 1e-3, 1e-2]}, "trials": 3}
+    filled = []
+    fill = prefix_cache.PrefixCache._fill
+
+    def spy(self, store, prefix, missing):
+        filled.append(len(missing))
+        return fill(self, store, prefix, missing)
+
+    monkeypatch.setattr(prefix_cache.PrefixCache, "_fill", spy)
+    report = run(recipe)
+    trials = [trial["state"] for trial in report["search"]["trials"]]
+    assert trials == ["done"] * 3
+    assert filled == [filled[0], 0, 0, filled[0], filled[0]]
+    assert filled[0] > 30
+    assert not list((tmp_path / "run" / "search").glob("*/prefix"))
 
 
 def test_trials_in_processes_of_their_own(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def on_validation(recipe: Recipe, metric: str, progress: Progress) -> Measured:
     """Run the stages alone and look at validation: a trial of a search, which never sees the test split's answers."""
     with open_run(Path(recipe.output)) as place:
         session = prepare(recipe, place, progress.logging_to(place.log), same_threads())
+        session = replace(session, prefix=place.path / "prefix")  # the next trial may freeze the same blocks
         stages = [_do_stage(session, index) for index in range(len(recipe.stages))]
     found = stages[-1]["measurement"]["metrics"][metric]["value"]
     flops = sum(stage["flops"] for stage in stages if not stage["resumed"])

@@ -179,7 +179,10 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 @dataclass(frozen=True)
 class Session:
-    """The fixed facts of one run; whatever else happens is a function of them."""
+    """The fixed facts of one run; whatever else happens is a function of them.
+
+    prefix   where the outputs of frozen blocks stay for other runs, the trials of a search; None: with their stage.
+    """
 
     recipe: Recipe
     place: RunDirectory
@@ -189,6 +192,7 @@ class Session:
     notes: tuple[str, ...]
     encoder: Encoder
     folders: tuple[StageFolder, ...]
+    prefix: Path | None = None
 
     @property
     def task(self) -> Task:
@@ -273,6 +277,7 @@ class Session:
             teacher=self.teacher,
             progress=self.progress,
             every_text=self.encoder.read,
+            prefix=self.prefix,
             train_as=(lambda tokenizer: self.rows_to_train(spec, self.encoder.rows(tokenizer))) if aligned else None,
         )
 

@@ -66,6 +66,8 @@ def search(
         best = study.best_recipe()
         write_text(folder / "best.yaml", recipe_yaml(best))
         again = study.train_again(best)
+        for prefix in folder.glob("*/prefix"):  # what trials had of one another's frozen blocks
+            shutil.rmtree(prefix)
         return Found(best, study.facts() | again)
 
 

@@ -53,6 +53,7 @@ class StageContext:
     measured  those that the network is measured on, which are as they came.
     texts     the rows of train before a tokenizer saw them; every_text  those of train, its copies and validation.
     train_as  `train`, row for row, as another tokenizer writes it; None where that can't be.
+    prefix    where the outputs of frozen blocks stay for other runs; None: in the stage's own place.
     """
 
     train: Any
@@ -65,6 +66,7 @@ class StageContext:
     progress: Progress
     every_text: Sequence[Any] = ()
     train_as: Callable[[Any], Any] | None = None
+    prefix: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ def _finetune(spec: FinetuneSpec, model: Model, context: StageContext) -> Outcom
         teacher_rows=_read_by(teacher, model, context) if teacher else None,
         seed=context.seed,
         workspace=context.work,
+        cache_folder=context.prefix,
         progress=context.progress,
     )
     taught = _teaching_flops(spec, teacher, context.train, training.facts["steps"]) if teacher else 0.0
