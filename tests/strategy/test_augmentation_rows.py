@@ -185,3 +185,26 @@ def test_streams_of_rows_do_not_meet():
         for row in range(500)
     }
     assert len(firsts) > 4990
+
+
+@pytest.mark.parametrize(
+    ("rates", "language", "message"),
+    [
+        ({"swop": 0.1}, "en", r"augment: there is no operation 'swop'; did you mean 'swap'"),
+        ({"swap": 2.0}, "en", r"augment\.swap: 2\.0 can't be used; it must be"),
+        ({"swap": -1}, "en", r"augment\.swap: -1 can't be used"),
+        ({"swap": 0.1}, "fr", r"augment\.language: 'fr' can't be used; it must be en, other, zh"),
+        ({"keyboard": 0.3}, "zh", r"keyboard: the texts are Chinese, and a QWERTY keyboard's keys are Latin letters"),
+    ],
+)
+def test_what_a_recipe_could_not_hold_is_refused_in_python(rates, language, message):
+    with pytest.raises(RecipeError, match=message):
+        word_operations(rates, language)
+
+
+def test_rows_may_be_a_list_and_copies_are_at_least_one():
+    rows = [{"text": "a good film about a house", "label": 1}]
+    operations = word_operations({"swap": 0.2}, "en")
+    assert augment_rows(rows, operations, seed=1)["label"][:] == [1, 1]
+    with pytest.raises(RecipeError, match=r"augment\.copies: 0 can't be used"):
+        augment_rows(rows, operations, copies=0)

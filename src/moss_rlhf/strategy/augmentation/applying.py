@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+from moss_rlhf.errors import RecipeError, nearest
+from moss_rlhf.recipe import RATES, AugmentSpec
+from moss_rlhf.recipe.options import check_options
 from moss_rlhf.strategy.augmentation.draws import Draws
 from moss_rlhf.strategy.augmentation.operations import (
     CHINESE_MARKS,
@@ -64,8 +67,10 @@ def word_operations(rates: Mapping[str, float], language: Language) -> list[Word
     """The operations on words and characters with a rate above 0, in the order in which they are applied.
 
     rates      {'synonym', 'insert', 'swap', 'delete', 'typo', 'keyboard' or 'punctuation': share of the words}.
-    raises     MachineError where WordNet or jieba is needed and missing.
+    raises     RecipeError on an unknown name or language, a rate that a recipe could not hold, or an operation that the
+               language has no use for; MachineError where WordNet or jieba is needed and missing.
     """
+    _check_rates(rates, language)
     asked = {name: rate for name, rate in rates.items() if rate > 0}
     needs_words = {"synonym", "insert", "swap", "delete"} & set(asked)
     split = splitter(language) if needs_words or language != "zh" else split_characters
@@ -83,6 +88,36 @@ def word_operations(rates: Mapping[str, float], language: Language) -> list[Word
         "punctuation": (punctuation, split, bool),
     }
     return [WordOperation(name, asked[name], *how) for name, how in made.items() if name in asked]
+
+
+def _check_rates(rates: Mapping[str, float], language: str) -> None:
+    for name in rates:
+        if name not in RATES:
+            raise RecipeError(f"augment: there is no operation {name!r}; {nearest(name, RATES)}")
+    check_options(AugmentSpec, rates, "augment")
+    if language not in FREE:
+        raise RecipeError(f"augment.language: {language!r} can't be used; it must be {', '.join(FREE)}.")
+    check_language([name for name, rate in rates.items() if rate > 0], language)
+
+
+def check_language(names: Sequence[str], language: str) -> None:
+    """RecipeError where an operation needs the words or letters of another language."""
+    unfit = (*ENGLISH, "keyboard") if language == "zh" else ENGLISH if language == "other" else ()
+    if wrong := [name for name in names if name in unfit]:
+        fitting = "swap, delete, typo, punctuation, masked_lm or back_translation"
+        raise RecipeError(
+            f"data.augment.{wrong[0]}: the texts are {_LANGUAGES[language]}, and {_WHY[wrong[0]]}. Give {fitting}"
+            f"{'' if language == 'other' else ', or set data.augment.language if that is wrong'}."
+        )
+
+
+ENGLISH = ("synonym", "insert")
+_LANGUAGES = {"zh": "Chinese", "other": "a language other than English"}
+_WHY = {
+    "synonym": "its synonyms are WordNet's, which is English",
+    "insert": "what it inserts are WordNet's synonyms, which are English",
+    "keyboard": "a QWERTY keyboard's keys are Latin letters",
+}
 
 
 def _no_synonyms(word: str) -> Sequence[str]:

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moss_rlhf.errors import RecipeError
+from moss_rlhf.strategy.augmentation.applying import ENGLISH, check_language
 from moss_rlhf.strategy.augmentation.rows import check_task
 from moss_rlhf.strategy.augmentation.synonyms import find_wordnet
 from moss_rlhf.strategy.augmentation.words import Language, check_jieba, tell_language
-
-_ENGLISH = ("synonym", "insert")
-_LANGUAGES = {"zh": "Chinese", "other": "a language other than English"}
-_WHY = {
-    "synonym": "its synonyms are WordNet's, which is English",
-    "insert": "what it inserts are WordNet's synonyms, which are English",
-    "keyboard": "a QWERTY keyboard's keys are Latin letters",
-}
 
 
 def check_operations(names: Sequence[str], language: Language, task: str) -> None:
@@ -25,16 +17,10 @@ def check_operations(names: Sequence[str], language: Language, task: str) -> Non
     raises   RecipeError on one that the language or the task has no use for; MachineError where data is missing.
     """
     check_task(names, task)
-    unfit = (*_ENGLISH, "keyboard") if language == "zh" else _ENGLISH if language == "other" else ()
-    if wrong := [name for name in names if name in unfit]:
-        fitting = "swap, delete, typo, punctuation, masked_lm or back_translation"
-        raise RecipeError(
-            f"data.augment.{wrong[0]}: the texts are {_LANGUAGES[language]}, and {_WHY[wrong[0]]}. Give {fitting}"
-            f"{'' if language == 'other' else ', or set data.augment.language if that is wrong'}."
-        )
+    check_language(names, language)
     if language == "zh" and {"swap", "delete"} & set(names):
         check_jieba()
-    if set(_ENGLISH) & set(names):
+    if set(ENGLISH) & set(names):
         find_wordnet()
 
 

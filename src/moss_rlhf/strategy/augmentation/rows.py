@@ -39,7 +39,7 @@ ALLOWED: Mapping[str, Mapping[str, frozenset[str]]] = {
 
 
 def augment_rows(
-    rows: Dataset,
+    rows: Dataset | Sequence[Mapping[str, Any]],
     operations: Sequence[Operation],
     *,
     copies: int = 1,
@@ -57,10 +57,13 @@ def augment_rows(
                  columns: `context`, `question`, `answers` with `text` and `answer_start`.
     combine      'one': each copy is made by one of the operations, drawn for each row (as in EDA); where it finds
                  nothing to change, the next one. 'all': by all of them in turn.
-    raises       RecipeError where an operation does not leave the task's answers true.
+    raises       RecipeError where an operation does not leave the task's answers true, or there are to be no copies.
     """
-    from datasets import concatenate_datasets
+    from datasets import Dataset, concatenate_datasets
 
+    if copies < 1:
+        raise RecipeError(f"augment.copies: {copies} can't be used; it must be at least 1.")
+    rows = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
     made = [
         make_copy(rows, operations, number=number, seed=seed, task=task, combine=combine)
         for number in range(1, copies + 1)
