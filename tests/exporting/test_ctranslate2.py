@@ -6,7 +6,7 @@ import torch
 import moss_rlhf
 from moss_rlhf.errors import ModelError, MossError
 from moss_rlhf.model.runtime import TorchRuntime, open_ctranslate2
-from moss_rlhf.model.surgery import keep_feed_forward, keep_heads
+from moss_rlhf.model.surgery import keep_feed_forward, keep_heads, keep_hidden
 from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.loading import encoded
 
@@ -59,6 +59,21 @@ def test_fewer_heads_and_narrower_feed_forward(family, tiny_model, tmp_path):
             keep_heads(part, [0] if part.units == 2 else [0, 2])
         keep_feed_forward(block, torch.arange(32))
     assert export_ctranslate2(model, tmp_path / "narrow", TEXTS)["difference_to_pytorch"] < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_narrower_hidden_size_answers_as_pytorch_or_is_refused(family, tiny_model, tmp_path):
+    model = tiny_model(family, **SIZES.get(family, {}))
+    kept = torch.arange(model.anatomy.hidden_size - 8)
+    keep_hidden(model.network, kept)
+    moss_rlhf.quantize(model)
+    if family == "gemma":
+        with pytest.raises(ModelError, match="scales a gemma's embeddings by the root of the hidden size"):
+            export_ctranslate2(model, tmp_path / "narrow", TEXTS)
+        return
+    facts = export_ctranslate2(model, tmp_path / "int8", TEXTS, tmp_path / "float")  # held in float32 first, at 1e-3
+    assert facts["difference_to_pytorch"] < 0.2
+    assert (tmp_path / "float" / "model.bin").exists()
 
 
 def test_heads_that_differ_between_layers_are_refused(tiny_model, tmp_path):

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from moss_rlhf.checking.source import source_of
 from moss_rlhf.checking.teachers import ARTICLES
 from moss_rlhf.errors import MachineError, RecipeError
 from moss_rlhf.model.anatomy import BlockShape, family_of
-from moss_rlhf.model.config import KEY, head_size, hidden_size
+from moss_rlhf.model.config import KEY, head_size, hidden_size, read_config, scales_by_hidden_size
 from moss_rlhf.recipe import NarrowSpec, QuantizeSpec, Recipe, stage_spec
 from moss_rlhf.tasks import TASKS
 
@@ -59,8 +60,14 @@ def check_export(recipe: Recipe) -> None:
         return
     if find_spec("ctranslate2") is None:
         raise MachineError("export: CTranslate2 is not installed: pip install 'moss-rlhf[ctranslate2]'.")
+    config = read_config(source_of(recipe))
     for index, stage in enumerate(recipe.stages):
         spec = stage_spec(stage)
+        if isinstance(spec, NarrowSpec) and spec.hidden and scales_by_hidden_size(config):
+            raise RecipeError(
+                f"stages.{index}.narrow.hidden: CTranslate2 scales a {config['model_type']}'s embeddings by the root "
+                "of the hidden size that it finds. Leave hidden out, or leave export out."
+            )
         if isinstance(spec, NarrowSpec) and max(spec.macs, spec.parameters, spec.latency):
             raise RecipeError(
                 f"stages.{index}.narrow: a budget leaves the layers different numbers of heads, and CTranslate2 holds "

@@ -8,6 +8,7 @@ export is held against PyTorch on real texts before it counts, for a converter t
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from numpy.typing import NDArray
 from moss_rlhf.errors import MachineError, ModelError, MossError
 from moss_rlhf.files import new_directory
 from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.config import scales_by_hidden_size
 from moss_rlhf.model.grid import LARGEST_CODE
 from moss_rlhf.model.runtime import GeneratorRuntime, TranslatorRuntime
 
 FILE = "model.bin"
 _FLOAT_TOLERANCE = 1e-3
 _LONGEST = 512  # tokens of a text that is compared
-_INT8_TOLERANCE = 0.5  # activations in 8 bits; a wrong graph or a wrong weight gives 1 and more
+_INT8_TOLERANCE = 0.5  # activations in 8 bits, of a graph that was right in float32
 _SERVED = ("gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "t5", "mt5", "bart", "marian")
 
 
@@ -41,12 +43,16 @@ def export_ctranslate2(
              MossError where the file does not answer as PyTorch does.
     """
     _refuse(model)
-    if float_place is not None:
-        with new_directory(float_place) as partial:
-            _convert(model, partial, None)
     with new_directory(place) as partial:
-        _convert(model, partial, "int8" if model.quantization else None)
-        difference = _verify(model, partial, texts)
+        _convert(model, partial, None)
+        # in float32 first: what int8 rounds would hide a shape that the converter misread
+        difference = _verify(model, partial, texts, _FLOAT_TOLERANCE)
+        if float_place is not None:
+            with new_directory(float_place) as other:
+                shutil.copytree(partial, other, dirs_exist_ok=True)
+        if model.quantization:
+            _convert(model, partial, "int8")
+            difference = _verify(model, partial, texts, _INT8_TOLERANCE)
         model.tokenizer.save_pretrained(partial)
     return {"file": f"{place.name}/{FILE}", "difference_to_pytorch": difference}
 
@@ -60,12 +66,21 @@ def _refuse(model: Model) -> None:
             f"export: CTranslate2 holds float32 and int8, and the model is {scheme}. Quantize to int8, or "
             "export int4 to compressed-tensors."
         )
+    if scales_by_hidden_size(model.network.config.to_dict()) and model.anatomy.hidden_size != _stock_hidden(model):
+        raise ModelError(
+            f"export: CTranslate2 scales a {kind}'s embeddings by the root of the hidden size that it finds, and this "
+            "one is narrowed. Leave hidden out of narrow."
+        )
     heads = {part.heads for block in model.anatomy.blocks for part in block.attentions}
     if len(heads) > 1:
         raise ModelError(
             f"export: CTranslate2 holds one number of heads for all layers, and the blocks have {sorted(heads)}. "
             "Narrow by the same share of heads everywhere."
         )
+
+
+def _stock_hidden(model: Model) -> int:
+    return int(getattr(model.network.config, model.anatomy.family.hidden))
 
 
 def _library() -> Any:
@@ -164,6 +179,7 @@ def _add(config: Any, **values: Any) -> None:
 
 def _rename_neox(network: Any, model: Model) -> None:
     attention, hidden = model.anatomy.blocks[0].attention, model.anatomy.hidden_size
+    network.config.hidden_size = hidden
     turned = _rope(network.config, "partial_rotary_factor", 1.0) * attention.head_size
     network.config.rotary_pct = turned / (hidden // attention.heads)  # of what the converter takes a head's size to be
     network.embed_out = network.lm_head
@@ -186,12 +202,11 @@ def _lengthen(network: Any, rows: int) -> None:
 # --- against PyTorch -----------------------------------------------------------------------------------------------
 
 
-def _verify(model: Model, place: Path, texts: Sequence[tuple[str, str]]) -> float:
+def _verify(model: Model, place: Path, texts: Sequence[tuple[str, str]], bound: float) -> float:
     """‖CTranslate2 − PyTorch‖ / ‖PyTorch‖ over log probabilities of real texts."""
     answer = _decoder_answers if model.anatomy.family.kind == "decoder" else _translator_answers
     expected, found = answer(model, place, texts)
     difference = float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-12))
-    bound = _INT8_TOLERANCE if model.quantization else _FLOAT_TOLERANCE
     if not difference <= bound:
         raise MossError(
             f"export: {place.name} answers differently from PyTorch: relative difference {difference:.3g}, at most "

@@ -145,3 +145,8 @@ def _fits(declared: object, stock: BlockShape, queries_per_key: int) -> bool:
         and all(isinstance(size, int) and 1 <= size <= limit for size, limit in zip(declared, limits, strict=True))
         and (declared[0] < queries_per_key or declared[0] % queries_per_key == 0)
     )
+
+
+def scales_by_hidden_size(config: Mapping[str, Any]) -> bool:
+    """Whether embeddings are multiplied by the root of the hidden size that config.json gives."""
+    return config["model_type"] == "gemma" or bool(config.get("scale_embedding", False))
