@@ -153,7 +153,7 @@ def test_r_drop_goes_with_a_teacher(tiny_model, rows):
         ({"class_weights": {"positiv": 2}}, "no label 'positiv'; did you mean 'positive'"),
         ({"label_smoothing": 1.0}, "label_smoothing: 1.0 can't be used"),
         ({"gamma": 1.0, "kind": "mean_squared_error"}, "gamma is the focal loss's"),
-        ({"kind": "hinge"}, "'hinge' is unknown"),
+        ({"kind": "hinge"}, "'hinge' can't be used; it must be 'cross_entropy' or 'mean_squared_error'"),
         ({"class_weights": {"positive": 0}}, "class_weights.positive: 0 can't be used"),
     ],
 )

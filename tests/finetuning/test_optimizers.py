@@ -49,7 +49,7 @@ def test_betas_and_epsilon_are_used():
 @pytest.mark.parametrize(
     ("optimizer", "words"),
     [
-        ("adan", "'adan' is unknown; did you mean 'adam'"),
+        ("adan", "'adan' can't be used; it must be 'adamw', 'adam', "),
         ({"name": "adamw", "momentum": 0.9}, "momentum: is for sgd, not adamw"),
         ({"name": "sgd", "betas": (0.9, 0.99)}, "betas: is for adamw and adam, not sgd"),
         ({"name": "sgd", "momentum": 1.0}, "1.0 can't be used"),

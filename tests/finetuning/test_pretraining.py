@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moss_rlhf.data.texts import read_texts
-from moss_rlhf.errors import DataError, ModelError
+from moss_rlhf.errors import DataError, ModelError, RecipeError
 from moss_rlhf.finetuning.language_head import language_network
 from moss_rlhf.finetuning.packing import frame_of, pack
 from moss_rlhf.finetuning.pretraining import HeadFirst, pretrain
@@ -241,7 +241,7 @@ def test_resumed_is_never_stopped(family, tiny_model, texts, acting, tmp_path):
 def test_too_few_texts_and_too_short_rows(tiny_model, texts):
     with pytest.raises(DataError, match="1 texts; give at least two"):
         pretrain(tiny_model(), texts[:1])
-    with pytest.raises(DataError, match="max_length: 3 leaves no room"):
+    with pytest.raises(RecipeError, match="max_length: 3 can't be used; it must be greater than or equal to 8"):
         pretrain(tiny_model(), texts, max_length=3)
 
 

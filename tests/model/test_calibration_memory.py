@@ -13,6 +13,7 @@ SAMPLE = memory.Sample(rows=40, length=5, longest=6)
 def test_a_batch_holds_at_most_32_rows():
     assert SAMPLE.batch_tokens == 32 * 6
     assert memory.Sample(3, 5, 6).batch_tokens == 18
+    assert memory.Sample(40, 256, 300).batch_tokens == 6 * 300  # and at most 2,048 tokens
 
 
 def test_states_are_of_each_stack_and_bounded():
@@ -24,7 +25,7 @@ def test_states_are_of_each_stack_and_bounded():
 
 def test_grams_are_squares_of_what_a_block_reads():
     assert memory.block_inputs(BlockShape(4, 16), PLAIN) == [8, 8, 8, 16]
-    assert memory.grams_bytes(NETWORK) == 2 * 4 * (8**2 + 8**2 + 8**2 + 16**2)
+    assert memory.grams_bytes(NETWORK) == 4 * (8**2 + 8**2 + 8**2 + 16**2)
     assert memory.solver_bytes(NETWORK) == 16 * (16**2 + 16 * 8)
 
 
@@ -36,5 +37,9 @@ def test_a_calibration_is_its_parts():
 
 
 def test_gradients_keep_every_layer_and_the_logits_three_times():
-    assert memory.gradient_bytes(NETWORK, SAMPLE) == 68 * 8 * 2 * 192 + 3 * 4 * 192 * 10
+    logits = 3 * 4 * 192 * 10
+    assert memory.gradient_bytes(NETWORK, SAMPLE) == 160 * 8 * 2 * 192 + logits
+    assert memory.gradient_bytes(NETWORK, SAMPLE, of_outputs=True) == (160 + 70) * 8 * 2 * 192 + logits
+    classifier = memory.Network(PLAIN, parameters=1000, vocabulary=0)
+    assert memory.gradient_bytes(classifier, SAMPLE) == 100 * 8 * 2 * 192
     assert memory.repair_bytes(NETWORK, SAMPLE) == 4000 + 2 * 6400 + 4 * 6 * 192 * 24 + 28 * 16**2

@@ -229,7 +229,7 @@ def test_weights_and_activations_that_are_not_finite_are_refused(tiny_model, row
     model = tiny_model()
     name, parameter = next(iter(model.network.named_parameters()))
     parameter.data[3, 4] = torch.inf
-    with pytest.raises(ModelError, match=f"{name} holds inf or nan"):
+    with pytest.raises(ModelError, match=f"narrow: {name}: weight is not finite: the checkpoint holds inf or nan"):
         narrow(model, rows, heads=0.5, score=score)
     model = tiny_model()
     model.anatomy.blocks[1].feed_forward.ups[0].weight.fill_(3e38)  # finite, and overflows

@@ -176,8 +176,6 @@ def finetune(
     """
     if model.quantization:
         raise ModelError("finetune: the model is quantized already; fine-tune it before, then quantize.")
-    if distill is not None and teacher is None:
-        raise RecipeError("finetune.distill: there is no teacher. Give one, such as teacher=load(path).")
     taught = option(Distillation, distill, "distill") or Distillation()
     if fault := pair_fault(
         movement=movement,
@@ -197,6 +195,8 @@ def finetune(
         inside=taught.inside,
     ):
         raise RecipeError(f"finetune: {fault}")
+    if distill is not None and teacher is None:
+        raise RecipeError("finetune.distill: there is no teacher. Give one, such as teacher=load(path).")
     task, progress = TASKS[model.task], progress or Progress(quiet=True)
     train, validation = _rows(model, train, "train"), _rows(model, validation, "validation")
     if packing:

@@ -27,6 +27,7 @@ from moss_rlhf.model.surgery import keep_hidden
 from moss_rlhf.optimization.calibration import calibration_rows, compare_speed, labelled_batches
 from moss_rlhf.optimization.repair import repair_outputs
 from moss_rlhf.optimization.sensitivity import current_table
+from moss_rlhf.optimization.soundness import refuse_not_finite
 from moss_rlhf.optimization.unit_scores import (
     KINDS,
     SCORES,
@@ -319,9 +320,7 @@ def _refuse_model(model: Model) -> None:
         raise ModelError("narrow: the model is quantized already; narrow it before, then quantize.")
     if model.weights is not None:
         raise ModelError("narrow: the model's blocks are on disk (offload); load it whole to narrow it.")
-    for name, parameter in model.network.named_parameters():
-        if not parameter.isfinite().all():
-            raise ModelError(f"narrow: {name} holds inf or nan. Fetch the checkpoint again, or fine-tune it anew.")
+    refuse_not_finite(model, "narrow")
 
 
 def _refuse_nothing(model: Model, shares: Mapping[str, float], removes: bool) -> None:

@@ -18,6 +18,7 @@ from moss_rlhf.optimization.calibration import calibration_rows, labelled_batche
 from moss_rlhf.optimization.magnitude import global_magnitude_masks
 from moss_rlhf.optimization.patterns import Pattern, parse_pattern, pattern_mask
 from moss_rlhf.optimization.sensitivity import current_table, sparsities_by_damage
+from moss_rlhf.optimization.soundness import refuse_not_finite
 from moss_rlhf.optimization.sparsegpt import prune_by_sparsegpt
 from moss_rlhf.optimization.wanda import wanda_score
 from moss_rlhf.progress import Progress
@@ -104,6 +105,7 @@ def _options(
 
 def _refuse_misfits(model: Model, pattern: Pattern, share: float) -> None:
     """ModelError where a matrix can't take the pattern, has nothing to remove, or holds inf or nan."""
+    refuse_not_finite(model, "prune")
     of = pattern.keep[1] if pattern.keep else 1
     rows, columns = pattern.block or (1, 1)
     for matrix in model.anatomy.matrices:
@@ -113,8 +115,6 @@ def _refuse_misfits(model: Model, pattern: Pattern, share: float) -> None:
                 f"prune: {matrix.name} is {out} x {width}, which the pattern does not fit. Give a pattern whose sizes "
                 "divide every matrix's."
             )
-        if not matrix.weight.isfinite().all():
-            raise ModelError(f"prune: {matrix.name}: weight is not finite: the checkpoint holds inf or nan.")
         if int(out * width * share / (rows * columns) + 1e-9) == 0:
             raise ModelError(
                 f"prune: sparsity {share} is less than one of {matrix.name}'s {out * width} weights. Give a larger one."

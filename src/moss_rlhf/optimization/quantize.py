@@ -22,6 +22,7 @@ from moss_rlhf.model.replay import Batch, InputStatistics, calibrate, visit_bloc
 from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches
 from moss_rlhf.optimization.gptq import round_by_gptq, shortage
 from moss_rlhf.optimization.scaling import scale_for_awq, smooth_activations
+from moss_rlhf.optimization.soundness import refuse_not_finite
 from moss_rlhf.optimization.sparsegpt import prune_by_sparsegpt
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe.compression import combination_fault
@@ -206,12 +207,7 @@ def _refuse_misfits(model: Model, grid: Grid) -> None:
             grid.group_width(matrix.in_features)
         except ValueError as error:
             raise ModelError(f"quantize: {matrix.name}: {error}.") from None
-    for name, parameter in model.network.named_parameters():
-        if not parameter.detach().isfinite().all():
-            raise ModelError(
-                f"quantize: {name}: weight is not finite: the checkpoint holds inf or nan. Fine-tune again with a "
-                "lower learning rate, or fetch the checkpoint again."
-            )
+    refuse_not_finite(model, "quantize")
 
 
 def _facts(errors: Mapping[str, float], scheme: str, method: str) -> dict[str, object]:

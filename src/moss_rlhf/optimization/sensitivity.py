@@ -29,6 +29,7 @@ from moss_rlhf.model.fingerprint import network_digest
 from moss_rlhf.model.grid import integer_grid, round_to_grid
 from moss_rlhf.model.replay import Batch, InputStatistics, Replay
 from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches
+from moss_rlhf.optimization.soundness import refuse_not_finite
 from moss_rlhf.optimization.wanda import wanda_mask
 from moss_rlhf.progress import Progress
 from moss_rlhf.tasks import TASKS
@@ -77,6 +78,7 @@ def sensitivity(
     """
     if model.quantization:
         raise ModelError("sensitivity: the model is quantized already; measure it before.")
+    refuse_not_finite(model, "sensitivity")
     progress = progress or Progress(quiet=True)
     sample = calibration_rows(encoded(model, train), rows, seed)
     measured, batches = len(sample), list(labelled_batches(model, sample))

@@ -19,6 +19,7 @@ from moss_rlhf.model.damage import after_shortening
 from moss_rlhf.model.surgery import only_blocks
 from moss_rlhf.optimization.calibration import calibration_rows, compare_speed, labelled_batches, mean_loss
 from moss_rlhf.optimization.sensitivity import current_table
+from moss_rlhf.optimization.soundness import refuse_not_finite
 from moss_rlhf.optimization.stack_search import Found, Way, loss_of, search
 from moss_rlhf.progress import Progress
 from moss_rlhf.tasks.loading import encoded
@@ -168,6 +169,7 @@ def _refuse(
             raise ModelError(f"shorten: {name} {value!r} is not known; {nearest(str(value), get_args(known))}")
     if model.quantization:
         raise ModelError("shorten: the model is quantized already; shorten it before, then quantize.")
+    refuse_not_finite(model, "shorten")
     anatomy = model.anatomy
     try:
         with only_blocks(model.network, range(len(anatomy.blocks))):

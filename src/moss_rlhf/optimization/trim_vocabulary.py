@@ -22,6 +22,7 @@ from moss_rlhf.errors import DataError, ModelError
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.tables import has_token_head, keep_tokens, tokens_in_configs
 from moss_rlhf.model.vocabulary import KINDS, Vocabulary, rewrite, words, words_probe
+from moss_rlhf.optimization.soundness import refuse_not_finite
 from moss_rlhf.progress import Progress
 from moss_rlhf.tasks import TASKS
 
@@ -72,6 +73,7 @@ def trim_vocabulary(
 def _refuse(model: Model, minimum_count: int, multiple_of: int) -> None:
     if model.quantization:
         raise ModelError("trim_vocabulary: the model is quantized already; trim it before, then quantize.")
+    refuse_not_finite(model, "trim_vocabulary")
     for name, value in (("minimum_count", minimum_count), ("multiple_of", multiple_of)):
         if value < 1:
             raise ModelError(f"trim_vocabulary: {name} must be at least 1, got {value}.")
