@@ -25,6 +25,7 @@ from moss_rlhf.recipe import (
     stage_spec,
     stages_before_compression,
 )
+from moss_rlhf.recipe.pretraining import OBJECTIVES
 from moss_rlhf.tasks import TASKS
 
 
@@ -120,7 +121,7 @@ def check_pretraining(recipe: Recipe, index: int, config: dict[str, Any], field:
     """Whether there are texts to read, and the model still has the hidden size that a language model's head fits."""
     spec = stage_spec(recipe.stages[index])
     kind = family_of(config["model_type"]).kind
-    fitting = {"encoder": ("masked",), "decoder": ("causal",), "encoder-decoder": ("spans", "infilling")}[kind]
+    fitting = OBJECTIVES[kind]
     if spec.objective not in ("auto", *fitting):
         raise RecipeError(
             f"{field}.objective: {spec.objective} can't be learned by a {config['model_type']}, an {kind}. Give "

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +28,11 @@ from moss_rlhf.finetuning.corruption import (
     spans_replaced,
 )
 from moss_rlhf.finetuning.packing import Frame, Packed, frame_of
+from moss_rlhf.recipe.pretraining import OBJECTIVES, Objective
 from moss_rlhf.tasks.batching import chunks, pad
 from moss_rlhf.tasks.language import IGNORED, perplexity
 
-Kind = Literal["masked", "causal", "spans", "infilling"]
+Kind = Objective
 HELD_OUT_EPOCH = 2**31  # the masks of what is measured on, the same at every measurement
 _MEAN_SPAN = 3.0  # tokens (T5)
 _ROWS_AT_ONCE = 16
@@ -61,18 +62,12 @@ def kind_for(objective: str, family_kind: str, words: Words) -> Kind:
 
     raises   ModelError where the family can't learn it, or the vocabulary lacks the tokens for it.
     """
-    possible: dict[str, list[Kind]] = {
-        "encoder": ["masked"],
-        "decoder": ["causal"],
-        "encoder-decoder": ["spans", "infilling"],
-    }
+    possible = OBJECTIVES[family_kind]
     if objective == "auto":
-        usable = [kind for kind in possible[family_kind] if not lacking(kind, words)]
-        objective = (usable or possible[family_kind])[0]
-    if objective not in possible[family_kind]:
+        objective = next((kind for kind in possible if not lacking(kind, words)), possible[0])
+    if objective not in possible:
         raise ModelError(
-            f"pretrain.objective: {objective!r} does not suit an {family_kind}; give "
-            f"{' or '.join(possible[family_kind])}, or auto."
+            f"pretrain.objective: {objective!r} does not suit an {family_kind}; give {' or '.join(possible)}, or auto."
         )
     if lack := lacking(objective, words):
         raise ModelError(f"pretrain.objective: {objective} needs {lack}, which the model's vocabulary lacks.")

@@ -52,8 +52,12 @@ class Sample:
     @property
     def batch_tokens(self) -> float:
         """Of the batch of the longest rows, padding included."""
-        fitting = max(1, min(_ROWS_AT_ONCE, _TOKENS_AT_ONCE // max(1, int(self.longest))))
-        return min(self.rows, fitting) * self.longest
+        return min(self.rows, rows_at_once(self.longest)) * self.longest
+
+
+def rows_at_once(longest: float) -> int:
+    """Rows of a batch that a network is measured on: wide feed-forwards hold several copies of what goes through."""
+    return max(1, min(_ROWS_AT_ONCE, _TOKENS_AT_ONCE // max(1, int(longest))))
 
 
 def block_inputs(shape: BlockShape, dimensions: Dimensions) -> list[int]:

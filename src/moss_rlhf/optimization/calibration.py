@@ -13,11 +13,11 @@ from torch import Tensor
 from moss_rlhf.errors import DataError
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.latency import compare_seconds
+from moss_rlhf.model.memory import rows_at_once
 from moss_rlhf.model.replay import Batch
 from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.batching import by_length, chunks
 
-_ROWS_AT_ONCE, _TOKENS_AT_ONCE = 32, 2048  # wide feed-forwards hold several copies of what goes through them
 _ROWS_TIMED = 8
 
 
@@ -37,7 +37,7 @@ def labelled_batches(model: Model, sample: Any) -> Iterator[tuple[dict[str, Tens
     """(inputs, labels) of a sample, in its order, on the network's device."""
     device, task = next(model.network.parameters()).device, TASKS[model.task]
     longest = max(sample["length"], default=1)
-    for positions in chunks(range(len(sample)), max(1, min(_ROWS_AT_ONCE, _TOKENS_AT_ONCE // longest))):
+    for positions in chunks(range(len(sample)), rows_at_once(longest)):
         rows = [sample[position] for position in positions]
         batch = {name: value.to(device) for name, value in task.collate(rows, model.tokenizer).items()}
         yield task.inputs(model.network, batch), batch["labels"]

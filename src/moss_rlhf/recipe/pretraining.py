@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from moss_rlhf.recipe.finetuning import EarlyStoppingSpec
 from moss_rlhf.recipe.spec import Positive, Share, Spec
+
+Objective = Literal["masked", "causal", "spans", "infilling"]
+
+
+OBJECTIVES: Mapping[str, tuple[Objective, ...]] = {
+    "encoder": ("masked",),
+    "decoder": ("causal",),
+    "encoder-decoder": ("spans", "infilling"),
+}
+"""What each kind of network can learn; the first that suits its vocabulary is `auto`."""
 
 
 class PretrainSpec(Spec):
