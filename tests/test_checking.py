@@ -299,7 +299,7 @@ def test_options_of_fine_tuning_are_held_against_the_data_and_the_model(fields, 
             r"ensemble\.finetune\.loss\.class_weights: the data has no label 'zz'",
         ),
         ("gpt2", {"finetune": {"mixup": 0.2}}, r"finetune\.mixup: text-generation has no classes to mix"),
-        ("gpt2", {"finetune": {"loss": {"gamma": 2.0}}}, r"finetune\.loss: text-generation foretells tokens"),
+        ("gpt2", {"finetune": {"loss": {"gamma": 2.0}}}, r"finetune\.loss\.gamma: text-generation foretells tokens"),
     ],
 )
 def test_what_a_stage_would_stumble_over_is_told_before_the_first(

@@ -25,6 +25,7 @@ from moss_rlhf.recipe import (
     stage_spec,
     stages_before_compression,
 )
+from moss_rlhf.recipe.pairs import loss_fault, mixup_fault, packing_fault
 from moss_rlhf.recipe.pretraining import OBJECTIVES
 from moss_rlhf.tasks import TASKS
 
@@ -52,21 +53,15 @@ def check_finetuning(
         check_layer_map(spec.distill, depths, stages_before_compression(recipe), f"{field}.distill.layers")
 
 
-def _check_task(spec: FinetuneSpec, task: str, config: dict[str, Any], field: str) -> None:
+def _check_task(spec: FinetuneSpec, name: str, config: dict[str, Any], field: str) -> None:
     """What only labels, or only documents, can be trained with."""
-    classes, loss = TASKS[task].has_classes, spec.loss
-    tokens = loss and (loss.kind != "cross_entropy" or loss.class_weights is not None or loss.gamma > 0)
-    shared = family_of(config["model_type"]).shared
-    faults = {
-        f"packing: {task} has no documents to pack; it is for text-generation. Leave it out.": spec.packing
-        and task != "text-generation",
-        f"mixup: {task} has no classes to mix. Leave it out.": spec.mixup and not classes,
-        f"mixup: {config['model_type']}'s one block serves all layers, so states would be mixed once a layer. Leave it "
-        "out.": spec.mixup and shared,
-        f"loss: {task} foretells tokens, by cross-entropy: kind, class_weights and gamma are for labels. Leave them "
-        "out; label_smoothing and r_drop can be used.": tokens and not classes,
-    }
-    if fault := next((fault for fault, holds in faults.items() if holds), None):
+    classes, family = TASKS[name].has_classes, family_of(config["model_type"])
+    faults = (
+        packing_fault(name) if spec.packing else None,
+        mixup_fault(name, classes=classes, kind=config["model_type"], shared=family.shared) if spec.mixup else None,
+        loss_fault(name, spec.loss) if spec.loss and not classes else None,
+    )
+    if fault := next(filter(None, faults), None):
         raise RecipeError(f"{field}.{fault}")
 
 

@@ -19,6 +19,7 @@ from torch.nn.functional import log_softmax, one_hot
 
 from moss_rlhf.errors import RecipeError, nearest
 from moss_rlhf.finetuning.options import Loss
+from moss_rlhf.recipe.pairs import loss_fault
 from moss_rlhf.tasks import Task, TextClassification
 from moss_rlhf.tasks.language import IGNORED
 
@@ -139,21 +140,7 @@ def label_loss(task: Task, options: Loss, names: Sequence[str], labels: ArrayLik
     labels   class ids of the training rows; neither is looked at for a language model.
     raises   RecipeError on a loss that is not for the task, or weights of unknown labels.
     """
-    if not task.has_classes:
-        _refuse_for_language(task, options)
+    if not task.has_classes and (fault := loss_fault(task.name, options)):
+        raise RecipeError(f"finetune.{fault}")
     asked = options.class_weights
     return LabelLoss(task, options, None if asked is None else class_weights(asked, names, labels))
-
-
-def _refuse_for_language(task: Task, options: Loss) -> None:
-    refused = {
-        "kind": options.kind != "cross_entropy",
-        "class_weights": options.class_weights is not None,
-        "gamma": options.gamma > 0,
-    }
-    for name, given in refused.items():
-        if given:
-            raise RecipeError(
-                f"finetune.loss.{name}: {task.name} foretells tokens, by cross-entropy. Leave it out; label_smoothing "
-                "and r_drop can be used."
-            )

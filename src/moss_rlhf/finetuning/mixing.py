@@ -15,6 +15,7 @@ from moss_rlhf.finetuning.objective import Objective
 from moss_rlhf.model.anatomy import anatomy_of
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.replay import first
+from moss_rlhf.recipe.pairs import mixup_fault
 from moss_rlhf.strategy.augmentation import Mixed, mixup, mixup_loss
 from moss_rlhf.tasks import TASKS
 
@@ -30,13 +31,9 @@ class MixedObjective(Objective):
 
     def __init__(self, model: Model, alpha: float, seed: int) -> None:
         super().__init__(TASKS[model.task])
-        if not self.task.has_classes:
-            raise RecipeError(f"finetune.mixup: {model.task} has no classes to mix. Leave it out.")
-        if model.anatomy.family.shared:
-            raise RecipeError(
-                f"finetune.mixup: {model.network.config.model_type}'s one block serves all layers, so states would be "
-                "mixed once a layer. Leave it out."
-            )
+        classes, shared = self.task.has_classes, model.anatomy.family.shared
+        if fault := mixup_fault(model.task, classes=classes, kind=model.network.config.model_type, shared=shared):
+            raise RecipeError(f"finetune.{fault}")
         self.classes, self.alpha, self.seed = len(model.labels), alpha, seed
 
     def __call__(self, network: Any, batch: Mapping[str, Tensor]) -> Tensor:

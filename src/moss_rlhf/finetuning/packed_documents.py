@@ -8,6 +8,7 @@ import torch
 
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.recipe.pairs import packing_fault
 from moss_rlhf.tasks import TASKS, TextGeneration
 
 _TOLERANCE = 1e-3  # of logits: float32 in another order of summation moves them by 1e-6, another document by 1
@@ -21,9 +22,7 @@ def check_packing(model: Model, train: Any) -> TextGeneration:
     """
     task = TASKS[model.task]
     if not isinstance(task, TextGeneration):
-        raise ModelError(
-            f"finetune.packing: {model.task} has no documents to pack; it is for {TextGeneration.name}. Leave it out."
-        )
+        raise ModelError(f"finetune.{packing_fault(model.task)}")
     rows = [dict(row) for row in train.select(range(min(2, len(train))))]
     difference = _difference(model.network.eval(), task, rows)
     if difference > _TOLERANCE:

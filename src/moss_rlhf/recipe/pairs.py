@@ -1,4 +1,4 @@
-"""Options of `finetune` that can't go together: one table for a recipe that is read and for a call from Python."""
+"""Options of `finetune` that can't go together, or not with a task: the same for a recipe and for Python."""
 
 from __future__ import annotations
 
@@ -43,3 +43,37 @@ def pair_fault(
         "mixed rows have no compiled block of their own. Leave mixup out, or compile.": mixup and compile,
     }
     return next((fault for fault, holds in faults.items() if holds), None)
+
+
+def loss_fault(task: str, loss: Any) -> str | None:
+    """What of a loss a language model can't be trained with, as the field and one sentence, else None."""
+    given = {
+        "kind": loss.kind != "cross_entropy",
+        "class_weights": loss.class_weights is not None,
+        "gamma": loss.gamma > 0,
+    }
+    name = next((name for name, holds in given.items() if holds), None)
+    return name and (
+        f"loss.{name}: {task} foretells tokens, by cross-entropy. Leave it out; label_smoothing and r_drop can be used."
+    )
+
+
+def mixup_fault(task: str, *, classes: bool, kind: str, shared: bool) -> str | None:
+    """Why rows can't be mixed, as the field and one sentence, else None.
+
+    kind     of the model, `model_type`; shared   whether one block is all layers.
+    """
+    if not classes:
+        return f"mixup: {task} has no classes to mix. Leave it out."
+    if shared:
+        return f"mixup: {kind}'s one block serves all layers, so states would be mixed once a layer. Leave it out."
+    return None
+
+
+def packing_fault(task: str) -> str | None:
+    """Why rows can't be packed, as the field and one sentence, else None."""
+    return (
+        None
+        if task == "text-generation"
+        else (f"packing: {task} has no documents to pack; it is for text-generation. Leave it out.")
+    )
