@@ -25,6 +25,7 @@ from moss_rlhf.recipe import (
 from moss_rlhf.strategy.augmentation import check_masked_model, check_operations, check_translator, language_of
 from moss_rlhf.strategy.augmentation.words import Language
 from moss_rlhf.tasks import TASKS, TextClassification
+from moss_rlhf.tasks.overlap import has_sacrebleu
 
 
 def check_rows(recipe: Recipe) -> None:
@@ -59,6 +60,9 @@ def left_for_later(recipe: Recipe) -> list[str]:
             isinstance(stage_spec(stage), TrimVocabularySpec) for stage in recipe.stages
         ),
         "data.balance has not been done yet: rows are those before it.": recipe.data.balance != "none",
+        "BLEU and chrF will be left out: sacrebleu is not installed (pip install 'moss-rlhf[translation]').": (
+            recipe.task == "translation" and recipe.evaluate.translate > 0 and not has_sacrebleu()
+        ),
     }
     return [sentence for sentence, holds in found.items() if holds]
 

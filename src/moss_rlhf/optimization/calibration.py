@@ -24,8 +24,10 @@ _ROWS_TIMED = 8
 def calibration_rows(encoded: Any, rows: int, seed: int) -> Any:
     """A seeded sample of encoded rows, sorted by length so that batches hold little padding.
 
-    raises   DataError where there are none.
+    raises   DataError where there are none, or none are asked for.
     """
+    if rows < 1:
+        raise DataError(f"calibration: rows {rows} would measure on nothing; give at least 1.")
     if len(encoded) == 0:
         raise DataError("calibration: there are no rows to measure the network on; give training rows.")
     chosen = np.random.default_rng(seed).permutation(len(encoded))[:rows]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from moss_rlhf.errors import ModelError
+from moss_rlhf.errors import ModelError, nearest
 from moss_rlhf.model.anatomy import Block, Matrix
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.damage import after_pruning
@@ -26,6 +26,7 @@ from moss_rlhf.tasks.loading import encoded
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
 Allocation = Literal["uniform", "outliers", "sensitivity"]
+Scope = Literal["layer", "global"]
 
 _VERDICT = {
     "unstructured": "no: unstructured zeros keep every shape, and no runtime here leaves them out",
@@ -41,7 +42,7 @@ def prune(
     sparsity: float | None = None,
     method: Method = "magnitude",
     pattern: str = "unstructured",
-    scope: Literal["layer", "global"] = "layer",
+    scope: Scope = "layer",
     allocation: Allocation = "uniform",
     rows: int = 128,
     seed: int = 0,
@@ -83,6 +84,13 @@ def _options(
     model: Model, method: str, pattern: str, sparsity: float | None, scope: str, allocation: str
 ) -> tuple[Pattern, float]:
     """The pattern and the share, or ModelError."""
+    for name, value, known in (
+        ("method", method, Method),
+        ("scope", scope, Scope),
+        ("allocation", allocation, Allocation),
+    ):
+        if value not in get_args(known):
+            raise ModelError(f"prune: {name} {value!r} is not known; {nearest(str(value), get_args(known))}")
     if model.quantization:
         raise ModelError("prune: the model is quantized already; prune it before, then quantize.")
     try:

@@ -72,8 +72,6 @@ def mixup_fault(task: str, *, classes: bool, kind: str, shared: bool) -> str | N
 
 def packing_fault(task: str) -> str | None:
     """Why rows can't be packed, as the field and one sentence, else None."""
-    return (
-        None
-        if task == "text-generation"
-        else (f"packing: {task} has no documents to pack; it is for text-generation. Leave it out.")
-    )
+    if task == "text-generation":
+        return None
+    return f"packing: {task} has no documents to pack; it is for text-generation. Leave it out."
