@@ -105,7 +105,7 @@ def test_nothing_depends_on_the_batch(tiny_model, family, monkeypatch):
     rows = encoded(model, [{"text": text} for text in TEXTS])
     together, loss = TASK.scores(model.network, rows, model.tokenizer), mean_loss(model, rows)
     monkeypatch.setattr("moss_rlhf.tasks.language._TOKENS_AT_ONCE", 1)
-    monkeypatch.setattr("moss_rlhf.optimization.calibration._ROWS_AT_ONCE", 1)
+    monkeypatch.setattr("moss_rlhf.model.memory._ROWS_AT_ONCE", 1)
     np.testing.assert_allclose(TASK.scores(model.network, rows, model.tokenizer), together, rtol=1e-6)
     assert mean_loss(model, rows) == pytest.approx(loss, rel=1e-6)
     sums = together.sum(axis=0)
