@@ -5,17 +5,21 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 
-from moss_rlhf.checking import check
+import moss_rlhf
+from moss_rlhf.checking import check, check_budgets
 from moss_rlhf.errors import DataError, MachineError, ModelError, RecipeError, UserError
 from moss_rlhf.model.anatomy import FAMILIES
 from moss_rlhf.model.cost import macs_per_token
+from moss_rlhf.model.limits import removable_share
 from moss_rlhf.optimization import narrow, shorten
 from moss_rlhf.recipe import make_recipe, with_values
 from moss_rlhf.reporting.forecast import forecast_text
-from moss_rlhf.tasks.loading import load
+from moss_rlhf.tasks.loading import encoded, load
 
 STAGES = [
     {"finetune": {"epochs": 1}},
@@ -106,14 +110,21 @@ def test_a_language_models_rows_are_the_pieces_of_its_texts(tiny_checkpoint, row
 REFUSED = [
     ("gpt2", {"export": ["onnx"]}, r"export: onnx does not serve a decoder\. Give \[ctranslate2\]"),
     ("bert", {"export": ["ctranslate2"]}, r"export: ctranslate2 does not serve an encoder\. Give \[onnx\]"),
-    ("t5", {"export": ["ctranslate2"], "stages": [{"narrow": {"macs": 0.3}}]}, r"stages\.0\.narrow: a budget leaves"),
+    (
+        "t5",
+        {"export": ["ctranslate2"], "stages": [{"narrow": {"macs": 0.3}}]},
+        r"export: ctranslate2: it holds one number of heads",
+    ),
     (
         "gpt2",
         {"export": ["ctranslate2"], "stages": [{"quantize": {"scheme": "int8_static"}}]},
         "int8_static is for encoders",
     ),
-    ("t5", {"stages": [{"shorten": {"remove": 3, "stack": "decoder"}}]}, "3 of 3 layers would leave none. Give 1 to 2"),
-    ("t5", {"stages": [{"shorten": {"remove": 5}}]}, "5 of 6 layers would leave none in a stack. Give 1 to 4"),
+    ("t5", {"stages": [{"shorten": {"remove": 3, "stack": "decoder"}}]}, r"can't remove 3 of 3 layers; .*Give 1 to 2"),
+    ("t5", {"stages": [{"shorten": {"remove": 5}}]}, r"can't remove 5 of 6 layers; .*of each stack\. Give 1 to 4"),
+    ("t5", {"stages": [{"shorten": {"remove": 3, "score": "angular"}}]}, r"of each stack\. Give 1 to 2"),
+    ("llama", {"stages": [{"narrow": {"hidden": 0.1}}]}, r"hidden 0\.1 would remove nothing of 4 heads"),
+    ("gemma", {"export": ["ctranslate2"], "stages": [{"narrow": {"hidden": 0.5}}]}, "the root of the hidden size"),
     ("marian", {"stages": ["trim_vocabulary"]}, None),  # a tiny Marian has a tokenizer.json
     ("gpt2", {"stages": [{"trim_vocabulary": {"corpora": ["none.txt"]}}]}, "there is no file none.txt"),
     ("gpt2", {"stages": ["shorten", {"finetune": {"distill": {"teacher": "t5"}}}]}, "t5 is an encoder-decoder, which"),
@@ -313,6 +324,84 @@ def test_what_a_stage_would_stumble_over_is_told_before_the_first(
         check(recipe)
 
 
+BLOCKS = [
+    ("bert", [{"prune": {"sparsity": 0.0005}}], r"prune\.sparsity: a matrix of the blocks has 1536 weights, and spars"),
+    ("bert", [{"prune": {"pattern": "3:7"}}], r"prune\.pattern: a matrix of the blocks is .* the pattern does not fit"),
+    ("bert", [{"prune": {"pattern": "5x5", "sparsity": 0.5}}], "does not fit"),
+    ("bert", [{"narrow": {"feed_forward": 0.9}}, {"prune": {"pattern": "8:16"}}], "is 32 x 8, which the pattern does"),
+    ("bert", [{"narrow": {"hidden": 0.5}}, {"quantize": {"scheme": "int4", "group_size": 32}}], "rows of 16 weights"),
+    (
+        "bert",
+        [{"narrow": {"heads": 0.01}}],
+        r"heads 0\.01 would remove nothing of 4 heads, 48 neurons and a hidden size",
+    ),
+    ("bert", [{"shorten": {"stack": "decoder"}}], "the model has no decoder, only one encoder"),
+    ("albert", ["shorten"], r"stages\.0\.shorten: albert: its layers share one block"),
+    ("bert", [{"narrow": {"macs": 0.3}}, {"shorten": {"how": "merge_average"}}], r"shorten\.how: .*Put shorten before"),
+    ("bert", [{"narrow": {"macs": 0.99}}], r"narrow\.macs: 0\.99 can't be removed: with one head and 8 neurons"),
+    ("bert", [{"narrow": {"parameters": 0.99}}], r"narrow\.parameters: 0\.99 can't be removed"),
+    ("bert", [{"finetune": {"movement": {"sparsity": 0.5}, "phases": [{"train": ["head"]}]}}], "one phase train: all"),
+]
+
+
+@pytest.mark.parametrize(("family", "stages", "message"), BLOCKS)
+def test_what_the_blocks_can_not_take_is_told_before_any_work(family, stages, message, tiny_checkpoint, data, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        check(_recipe(tiny_checkpoint(family, LABELS), data, tmp_path / "run", stages))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("budget", ["macs", "parameters"])
+def test_check_and_narrow_draw_the_same_line(
+    budget, family, tiny_model, tiny_checkpoint, rows_of, data, rows, tmp_path
+):
+    """A share just below what can go passes both, one just above neither."""
+    model = tiny_model(family)
+    sample = rows if family == "bert" else rows_of(model.task)
+    length = float(np.mean(encoded(model, sample)["length"]))
+    most = removable_share(model.dimensions, budget, 8, length)
+    with pytest.raises(ModelError, match=f"narrow: {budget} .* can't be removed"):
+        narrow(tiny_model(family), sample, **{budget: most + 1e-6}, repair=False)
+    narrow(model, sample, **{budget: most - 1e-6}, repair=False)
+    if family == "bert":
+        recipe = _recipe(tiny_checkpoint(family, LABELS), data, tmp_path / "run", [{"narrow": {budget: 0.9}}])
+    else:
+        recipe = _language_recipe(family, tiny_checkpoint(family), rows_of, tmp_path, [{"narrow": {budget: 0.9}}])
+    for share, passes in ((most - 1e-6, True), (most + 1e-6, False)):
+        asked = with_values(recipe, {f"stages.0.narrow.{budget}": share})
+        with nullcontext() if passes else pytest.raises(RecipeError, match="can't be removed"):
+            check_budgets(asked, length)
+
+
+def test_a_small_budget_is_spent_although_an_even_share_of_it_is_less_than_a_unit(tiny_checkpoint, data, tmp_path):
+    check(_recipe(tiny_checkpoint("bert", LABELS), data, tmp_path / "run", [{"narrow": {"macs": 0.02}}]))
+
+
+def test_a_narrower_hidden_size_is_foretold(tiny_checkpoint, data, rows, tmp_path):
+    place = tiny_checkpoint("bert", LABELS)
+    found = check(_recipe(place, data, tmp_path / "run", [{"narrow": {"hidden": 0.5}}])).stages[0]
+    model = load(place)
+    narrow(model, rows, hidden=0.5)
+    assert model.anatomy.hidden_size == 16
+    assert found.parameters == pytest.approx(model.parameters, rel=0.02)
+    assert found.macs_per_token == pytest.approx(macs_per_token(model.dimensions, 6), rel=0.1)
+
+
+def test_windows_that_the_runtime_leaves_out_are_refused(tiny_checkpoint, rows_of, tmp_path):
+    place = tmp_path / "qwen2"
+    shutil.copytree(tiny_checkpoint("qwen2"), place)
+    config = json.loads((place / "config.json").read_text())
+    windows = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, "layer_types": None}
+    (place / "config.json").write_text(json.dumps(config | windows))
+    recipe = _language_recipe("qwen2", place, rows_of, tmp_path, ["finetune"], export=["ctranslate2"])
+    with pytest.raises(
+        RecipeError, match=r"export: ctranslate2: its converter leaves out the sliding windows of a qwen2"
+    ):
+        check(recipe)
+    with pytest.raises(ModelError, match="leaves out the sliding windows of a qwen2"):
+        moss_rlhf.export(load(place), tmp_path / "out", format="ctranslate2")
+
+
 def test_a_teachers_labels_have_the_same_order(tiny_checkpoint, data, tmp_path):
     stage = {"finetune": {"distill": {"teacher": str(tiny_checkpoint("bert", LABELS[::-1]))}}}
     with pytest.raises(ModelError, match="Give one of the same labels in the same order"):
@@ -324,7 +413,7 @@ def test_a_teachers_labels_have_the_same_order(tiny_checkpoint, data, tmp_path):
     [
         ("stages.0.finetune.phases", [{"train": ["block.7"]}], "there is no group 'block.7'"),
         ("stages.0.finetune.reinitialise", 4, "4 of 3 blocks"),
-        ("stages.2.shorten.remove", 3, "3 of 3 layers would leave none"),
+        ("stages.2.shorten.remove", 3, "can't remove 3 of 3 layers"),
     ],
 )
 def test_each_value_of_a_search_is_checked_against_the_model(field, value, why, tiny_checkpoint, data, tmp_path):

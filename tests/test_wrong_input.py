@@ -89,11 +89,11 @@ FIELDS = {
     "quantize before finetune": ("stages.1=quantize", r"stages: stage 1 is quantize, and finetune follows.*to the end"),
     "less than a unit": (
         "stages.1.narrow.heads=0.1",
-        r"stages\.1\.narrow: heads 0\.1 .* less than one unit of 4 heads",
+        r"stages\.1\.narrow: heads 0\.1 would remove nothing of 4 heads",
     ),
     "shorten all": (
         "stages.1={shorten: {remove: 3}}",
-        r"shorten\.remove: 3 of 3 layers would leave none\. Give 1 to 2",
+        r"shorten: can't remove 3 of 3 layers; .* Give 1 to 2\.",
     ),
     "groups that fill no row": (
         "stages.3.quantize={scheme: int4, group_size: 128}",

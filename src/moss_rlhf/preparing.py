@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from moss_rlhf.augmenting import Augmentation, augment
 from moss_rlhf.checking import (
+    check_budgets,
     check_folds,
     check_labels,
     check_output,
@@ -324,7 +325,8 @@ def prepare(recipe: Recipe, place: RunDirectory, progress: Progress, threads: in
     encoder = Encoder(splits, augmentation, task, config, recipe.data, recipe.seed, place.data)
     folders = _folders(recipe, place, _start_fingerprint(recipe, source, splits, augmentation, threads))
     session = Session(recipe, place, progress, source, splits.labels, splits.notes, encoder, folders)
-    session.rows_after(0)  # a tokenizer that can't be loaded is found before any work
+    rows = session.rows_after(0).train  # a tokenizer that can't be loaded is found before any work
+    check_budgets(recipe, float(np.mean(rows["length"])))
     return session
 
 

@@ -11,7 +11,8 @@ from moss_rlhf.model.grid import (
     round_to_int8,
 )
 from moss_rlhf.optimization.factor import factorize
-from moss_rlhf.optimization.gptq import gptq, output_error, round_by_gptq, shortage
+from moss_rlhf.optimization.fallbacks import shortage
+from moss_rlhf.optimization.gptq import gptq, output_error, round_by_gptq
 
 
 def layer(out_features, width, seed, tokens=None, spread=0.5):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moss_rlhf import load, narrow, quantize, save
-from moss_rlhf.errors import DataError, ModelError
+from moss_rlhf.errors import DataError, ModelError, UserError
 from moss_rlhf.model.anatomy import FAMILIES, BlockShape
 from moss_rlhf.model.cost import block_macs, block_parameters
 from moss_rlhf.optimization.calibration import mean_loss
@@ -200,26 +200,26 @@ def test_pruned_zeros_survive_repair_and_save(tiny_model, rows, tmp_path):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"heads": 1.0}, r"heads is the share removed and must be in \[0, 1\), got 1\.0"),
-        ({"feed_forward": -0.1}, "feed_forward is the share removed"),
-        ({"macs": 1.0}, "macs is the share removed"),
-        ({"latency": float("nan")}, "latency is the share removed"),
-        ({}, "less than one unit"),
-        ({"heads": 0.2}, "less than one unit"),  # 0.8 of a head
-        ({"feed_forward": 0.1}, "less than one unit"),  # 44 of 48 are rounded up again
-        ({"hidden": 0.1}, "less than one unit"),
-        ({"heads": 0.5, "macs": 0.5}, "heads and macs can't be met together"),
-        ({"parameters": 0.5, "macs": 0.5}, "macs and parameters can't be met together"),
+        ({"heads": 1.0}, r"narrow\.heads: 1\.0 can't be used; it must be less than 1"),
+        ({"feed_forward": -0.1}, r"narrow\.feed_forward: -0\.1 can't be used"),
+        ({"macs": 1.0}, r"narrow\.macs: 1\.0 can't be used"),
+        ({"latency": float("nan")}, r"narrow\.latency: nan can't be used"),
+        ({}, "removes nothing; give heads"),
+        ({"heads": 0.2}, "would remove nothing of 4 heads, 48 neurons"),  # 0.8 of a head
+        ({"feed_forward": 0.1}, "would remove nothing of 4 heads, 48 neurons"),  # 44 of 48 are rounded up again
+        ({"hidden": 0.1}, "would remove nothing of 4 heads, 48 neurons"),
+        ({"heads": 0.5, "macs": 0.5}, "heads, macs can't be met together"),
+        ({"parameters": 0.5, "macs": 0.5}, "macs, parameters can't be met together"),
         ({"macs": 0.95}, r"macs 0\.95 can't be removed: with one head and 8 neurons in every block, 0\.7"),
-        ({"heads": 0.5, "score": "fischer"}, "did you mean 'fisher'"),
-        ({"heads": 0.5, "steps": 0}, "steps must be at least 1, got 0"),
-        ({"heads": 0.5, "multiple_of": 0}, "multiple_of must be at least 1, got 0"),
+        ({"heads": 0.5, "score": "fischer"}, "score: 'fischer' can't be used; it must be 'fisher'"),
+        ({"heads": 0.5, "steps": 0}, "steps: 0 can't be used; it must be greater than or equal to 1"),
+        ({"heads": 0.5, "multiple_of": 0}, "multiple_of: 0 can't be used; it must be greater than or equal to 1"),
     ],
 )
 def test_what_narrowing_refuses_leaves_the_model_as_it_was(tiny_model, rows, options, word):
     model = tiny_model()
     before = weights_of(model)
-    with pytest.raises(ModelError, match=word):
+    with pytest.raises(UserError, match=word):
         narrow(model, rows, rows=8, **options)
     assert_unchanged(model, before)
 

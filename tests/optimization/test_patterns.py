@@ -2,15 +2,14 @@ import pytest
 import torch
 
 from moss_rlhf.optimization.patterns import (
-    Pattern,
     all_but_highest,
     lowest_blocks,
     lowest_of_all,
     lowest_of_matrix,
     lowest_of_rows,
-    parse_pattern,
     pattern_mask,
 )
+from moss_rlhf.recipe.pattern import Pattern, parse_pattern
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SHARES = [0.0, 0.01, 0.29, 0.5, 0.75, 0.999]

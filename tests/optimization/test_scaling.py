@@ -208,7 +208,8 @@ def test_what_overflows_on_the_rows_is_named(options, tiny_model, rows_of):
 def test_too_few_tokens_and_a_singular_hessian_are_made_up_for_and_told(tiny_model, monkeypatch):
     rows, damping = [{"text": "good film"}], {}
     for start in (0.01, 0.0):
-        monkeypatch.setattr(sys.modules["moss_rlhf.optimization.quantize"], "_DAMPING", start)
+        for module in ("quantize", "fallbacks"):
+            monkeypatch.setattr(sys.modules[f"moss_rlhf.optimization.{module}"], "DAMPING", start)
         model = tiny_model("llama")
         facts = moss_rlhf.quantize(model, rows, method="gptq")
         assert facts["too_few_tokens"].startswith(f"{len(model.anatomy.matrices)} matrices: 3 calibration tokens span")

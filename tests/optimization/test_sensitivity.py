@@ -5,7 +5,8 @@ import torch
 
 import moss_rlhf
 from moss_rlhf.errors import ModelError
-from moss_rlhf.optimization.sensitivity import SPARSITIES, loss_damage, sparsities_by_damage
+from moss_rlhf.optimization.sensitivity import loss_damage, sparsities_by_damage
+from moss_rlhf.recipe.compression import SPARSITIES
 
 
 def test_the_damage_is_half_the_gradient_weighted_change_of_the_outputs():

@@ -6,7 +6,7 @@ from test_merging import SINGLE, batches_of, silence
 
 import moss_rlhf
 from moss_rlhf import quantize, shorten
-from moss_rlhf.errors import ModelError
+from moss_rlhf.errors import ModelError, UserError
 from moss_rlhf.model.anatomy import FAMILIES
 from moss_rlhf.model.checkpoint import load_checkpoint, save_checkpoint
 from moss_rlhf.model.surgery import keep_blocks, keep_feed_forward
@@ -352,26 +352,27 @@ def test_dropped_parameters_are_pruned_no_longer(tiny_model, rows):
 @pytest.mark.parametrize("how", ["drop", *MERGES, "auto"])
 @pytest.mark.parametrize("remove", [0, -1, 3, 4])
 def test_one_must_go_and_one_must_stay(tiny_model, rows, remove, how):
-    with pytest.raises(ModelError, match=f"can't remove {remove} of 3 layers.*Give 1 to 2"):
+    few = rf"shorten\.remove: {remove} can't be used; it must be greater than or equal to 1"
+    with pytest.raises(UserError, match=few if remove < 1 else f"can't remove {remove} of 3 layers.*Give 1 to 2"):
         shorten(tiny_model(), rows, remove=remove, how=how)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"how": "merge_colapse"}, "how 'merge_colapse' is not known; did you mean 'merge_collapse'"),
-        ({"score": "angle"}, "score 'angle' is not known"),
-        ({"stack": "both"}, "stack 'both' is not known"),
+        ({"how": "merge_colapse"}, "how: 'merge_colapse' can't be used; .*'merge_collapse'"),
+        ({"score": "angle"}, "score: 'angle' can't be used; it must be 'loss'"),
+        ({"stack": "both"}, "stack: 'both' can't be used"),
         ({"stack": "decoder"}, "no decoder, only one encoder"),
-        ({"similarity": 1.5, "how": "merge_average"}, r"similarity is a cosine in \(0, 1\].*got 1.5"),
-        ({"similarity": 0.5}, "with how 'drop'"),
-        ({"rows": 0}, "rows must be at least 1, got 0"),
+        ({"similarity": 1.5, "how": "merge_average"}, r"similarity: 1\.5 can't be used"),
+        ({"similarity": 0.5}, "how is drop"),
+        ({"rows": 0}, "rows: 0 can't be used; it must be greater than or equal to 1"),
     ],
 )
 def test_wrong_arguments_are_named(tiny_model, rows, given, message):
     model = tiny_model()
     before = state(model)
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(UserError, match=message):
         shorten(model, rows, **given)
     assert unchanged(model, before)
 

@@ -17,7 +17,7 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from moss_rlhf.errors import DataError, ModelError
+from moss_rlhf.errors import DataError, ModelError, RecipeError
 from moss_rlhf.model.checkpoint import Model, load_checkpoint, save_checkpoint
 from moss_rlhf.model.vocabulary import ids_in
 from moss_rlhf.optimization.trim_vocabulary import trim_vocabulary
@@ -417,8 +417,20 @@ def word_level(model):
             DataError,
             "columns input_ids and text-classification keeps its texts in t",
         ),
-        (None, TEXTS, {"minimum_count": 0}, ModelError, "minimum_count must be at least 1, got 0"),
-        (None, TEXTS, {"multiple_of": -8}, ModelError, "multiple_of must be at least 1, got -8"),
+        (
+            None,
+            TEXTS,
+            {"minimum_count": 0},
+            RecipeError,
+            "minimum_count: 0 can't be used; it must be greater than or equal to 1",
+        ),
+        (
+            None,
+            TEXTS,
+            {"multiple_of": -8},
+            RecipeError,
+            "multiple_of: -8 can't be used; it must be greater than or equal to 1",
+        ),
     ],
 )
 def test_what_can_not_be_trimmed_is_refused_and_untouched(spoil, texts, options, error, message):

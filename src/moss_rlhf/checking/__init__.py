@@ -9,6 +9,7 @@ from moss_rlhf.checking.rows import (
     operation_names,
     trains_on_copies,
 )
+from moss_rlhf.checking.shapes import check_budgets
 from moss_rlhf.checking.source import source_of
 from moss_rlhf.checking.stages import check_output, check_stages
 from moss_rlhf.checking.whole import Check, check, check_candidates, settled
@@ -18,6 +19,7 @@ __all__ = [
     "Forecast",
     "check",
     "check_augmentation",
+    "check_budgets",
     "check_candidates",
     "check_folds",
     "check_labels",

@@ -6,23 +6,22 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from moss_rlhf.checking.source import source_of
+from moss_rlhf.checking.network import State
 from moss_rlhf.checking.teachers import ARTICLES
 from moss_rlhf.errors import MachineError, RecipeError
-from moss_rlhf.model.anatomy import BlockShape, family_of
-from moss_rlhf.model.config import KEY, head_size, hidden_size, read_config, scales_by_hidden_size
-from moss_rlhf.recipe import NarrowSpec, QuantizeSpec, Recipe, stage_spec
+from moss_rlhf.model.anatomy import family_of
+from moss_rlhf.model.config import WINDOWED, has_windows, head_size, scales_by_hidden_size
+from moss_rlhf.recipe import QuantizeSpec, Recipe, stage_spec
 from moss_rlhf.tasks import TASKS
 
 
-def check_compressed_tensors(recipe: Recipe, shapes: tuple[BlockShape, ...], config: dict[str, Any]) -> None:
+def check_compressed_tensors(recipe: Recipe, state: State, config: dict[str, Any]) -> None:
     """Whether vLLM's format will hold what the stages leave."""
     specs, kind = [stage_spec(stage) for stage in recipe.stages], config["model_type"]
     family, quantize = family_of(kind), next((spec for spec in specs if isinstance(spec, QuantizeSpec)), None)
-    narrowed = [spec for spec in specs if isinstance(spec, NarrowSpec)]
-    heads, hidden = {shape.heads for shape in shapes}, hidden_size(config)
-    uneven = len(set(shapes)) > 1 or any(spec.macs or spec.parameters or spec.latency for spec in narrowed)
-    cut_hidden = any(spec.hidden for spec in narrowed) or (KEY in config and "hidden" in config[KEY])
+    heads, hidden = {shape.heads for shape in state.shapes}, state.dimensions.hidden
+    uneven = len(set(state.shapes)) > 1 or not state.even
+    cut_hidden = hidden != config[family.hidden]
     odd_heads = not family.head_size and any(count * head_size(config) != hidden for count in heads)
     odd_heads |= family.heads_divide_hidden and any(hidden % count for count in heads)
     faults = {
@@ -56,23 +55,25 @@ def check_export(recipe: Recipe) -> None:
     fitting = _RUNTIMES[kind]
     if unfit := [name for name in recipe.export if name not in (fitting, "compressed-tensors")]:
         raise RecipeError(f"export: {unfit[0]} does not serve {ARTICLES[kind]}. Give [{fitting}], or leave export out.")
-    if "ctranslate2" not in recipe.export:
-        return
-    if find_spec("ctranslate2") is None:
+    if "ctranslate2" in recipe.export and find_spec("ctranslate2") is None:
         raise MachineError("export: CTranslate2 is not installed: pip install 'moss-rlhf[ctranslate2]'.")
-    config = read_config(source_of(recipe))
-    for index, stage in enumerate(recipe.stages):
-        spec = stage_spec(stage)
-        if isinstance(spec, NarrowSpec) and spec.hidden and scales_by_hidden_size(config):
-            raise RecipeError(
-                f"stages.{index}.narrow.hidden: CTranslate2 scales a {config['model_type']}'s embeddings by the root "
-                "of the hidden size that it finds. Leave hidden out, or leave export out."
-            )
-        if isinstance(spec, NarrowSpec) and max(spec.macs, spec.parameters, spec.latency):
-            raise RecipeError(
-                f"stages.{index}.narrow: a budget leaves the layers different numbers of heads, and CTranslate2 holds "
-                "one. Give shares of heads and feed_forward, or leave export out."
-            )
+
+
+def check_ctranslate2(state: State, config: dict[str, Any]) -> None:
+    """Whether CTranslate2 will hold what the stages leave."""
+    kind = config["model_type"]
+    narrowed = state.dimensions.hidden != config[family_of(kind).hidden]
+    heads = {count for shape in state.shapes for count in (shape.heads, shape.cross_heads) if count}
+    faults = {
+        f"it scales a {kind}'s embeddings by the root of the hidden size that it finds. Leave hidden out of narrow, or "
+        "leave export out.": narrowed and scales_by_hidden_size(config),
+        "it holds one number of heads for all layers, and narrow with a budget leaves the layers different ones. Give "
+        "shares of heads and feed_forward, or leave export out.": len(heads) > 1 or not state.even,
+        WINDOWED.format(kind=kind): has_windows(config),
+    }
+    for fault, holds in faults.items():
+        if holds:
+            raise RecipeError(f"export: ctranslate2: {fault}")
 
 
 def check_scheme(scheme: str, export: Sequence[str], kind: str, field: str) -> None:

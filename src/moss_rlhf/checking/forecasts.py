@@ -15,7 +15,7 @@ import numpy as np
 from moss_rlhf.checking.fields import field_of, training_of
 from moss_rlhf.checking.network import State
 from moss_rlhf.checking.rows import trains_on_copies
-from moss_rlhf.checking.shapes import shapes_after
+from moss_rlhf.checking.shapes import state_after
 from moss_rlhf.errors import MachineError
 from moss_rlhf.model import memory
 from moss_rlhf.model.config import group_names
@@ -77,7 +77,7 @@ def foretell(
         else:
             work = _ensemble_work if isinstance(spec, EnsembleSpec) else _work
             flops, peak = work(spec, state, trained, lengths, longest)
-        state = state.with_shapes(shapes_after(spec, state.shapes, stage_kind(stage), config))
+        state = state_after(spec, state, stage_kind(stage), config)
         macs = macs_per_token(state.dimensions, length)
         seconds = flops / (rate * _efficiency(spec))
         forecasts.append(Forecast(stage_kind(stage), state.parameters, macs, seconds, peak, flops))
@@ -212,7 +212,7 @@ def cache_notes(recipe: Recipe, state: State, config: dict[str, Any], rows: int,
                 raise MachineError(f"{field_of(index, stage)}.cache: required, but {reason}. Give cache: auto.")
             if reason and _frozen_epochs(training, state, rows):
                 yield f"{field_of(index, stage)}: frozen blocks will run at every step: {reason}"
-        state = state.with_shapes(shapes_after(spec, state.shapes, stage_kind(stage), config))
+        state = state_after(spec, state, stage_kind(stage), config)
 
 
 def _frozen_epochs(spec: FinetuneSpec, state: State, rows: int) -> list[Run]:

@@ -29,6 +29,7 @@ class State:
     dimensions: Dimensions
     parameters: int
     speaks: bool  # a language model, whose head gives logits for tokens
+    even: bool = True  # the blocks' shapes are these; after a budget they are foretold as if it was spent evenly
 
     @property
     def shapes(self) -> tuple[BlockShape, ...]:
@@ -39,13 +40,22 @@ class State:
         vocabulary = self.dimensions.projection_parameters // self.dimensions.hidden if self.speaks else 0
         return memory.Network(self.dimensions, self.parameters, vocabulary)
 
-    def with_shapes(self, shapes: Sequence[BlockShape]) -> State:
-        def count(blocks: Sequence[BlockShape]) -> int:
-            return sum(all_block_parameters(shape, self.dimensions) for shape in blocks)
-
-        parameters = self.parameters - count(self.shapes) + count(shapes)
-        dimensions = dataclasses.replace(self.dimensions, blocks=tuple(shapes))
-        return State(dimensions, parameters, self.speaks)
+    def with_shapes(
+        self, shapes: Sequence[BlockShape], hidden: int | None = None, *, even: bool | None = None
+    ) -> State:
+        """With other blocks and another hidden size, which everything outside the blocks follows."""
+        old = self.dimensions
+        share = (hidden or old.hidden) / old.hidden
+        new = dataclasses.replace(
+            old,
+            hidden=hidden or old.hidden,
+            blocks=tuple(shapes),
+            head_parameters=round(old.head_parameters * share**2),  # a dense layer, nearly all of it
+            projection_parameters=round(old.projection_parameters * share),
+        )
+        before, after = (sum(all_block_parameters(shape, each) for shape in each.blocks) for each in (old, new))
+        outside = round((self.parameters - before - old.head_parameters) * share) + new.head_parameters
+        return State(new, outside + after, self.speaks, self.even if even is None else even)
 
 
 def initial_state(place: Path, config: dict[str, Any], task: str, labels: int) -> State:

@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moss_rlhf.checking.exports import check_compressed_tensors, check_export, check_scheme
+from moss_rlhf.checking.exports import check_compressed_tensors, check_ctranslate2, check_export, check_scheme
 from moss_rlhf.checking.fields import training_of
 from moss_rlhf.checking.network import initial_state
-from moss_rlhf.checking.shapes import shapes_after
+from moss_rlhf.checking.shapes import state_after
 from moss_rlhf.checking.source import named
 from moss_rlhf.checking.teachers import ARTICLES, layer_count
 from moss_rlhf.checking.trainings import check_finetuning, check_pretraining
@@ -19,7 +19,7 @@ from moss_rlhf.data.texts import read_texts
 from moss_rlhf.errors import MachineError, ModelError, RecipeError, nearest
 from moss_rlhf.files import read_json
 from moss_rlhf.model.anatomy import FAMILIES, family_of
-from moss_rlhf.model.config import KEY, block_shapes, read_config, refuse_foreign_grid
+from moss_rlhf.model.config import KEY, read_config, refuse_foreign_grid
 from moss_rlhf.model.locate import read_header, weight_files
 from moss_rlhf.model.vocabulary import KINDS
 from moss_rlhf.recipe import (
@@ -27,7 +27,6 @@ from moss_rlhf.recipe import (
     PretrainSpec,
     QuantizeSpec,
     Recipe,
-    ShortenSpec,
     TrimVocabularySpec,
     stage_kind,
     stage_spec,
@@ -48,15 +47,15 @@ def check_stages(recipe: Recipe, place: Path) -> None:
     for file in weight_files(place):
         read_header(file)  # says which file is broken
     refuse_foreign_grid(config, place)
-    shapes = block_shapes(config)
+    state = initial_state(place, config, recipe.task, labels=2)
     depths: list[int] = []  # as each stage finds it
     quantized = config.get(KEY, {}).get("quantization")
     for index, stage in enumerate(recipe.stages):
         field, spec = f"stages.{index}.{stage_kind(stage)}", stage_spec(stage)
-        depths.append(layer_count(shapes, config))
+        depths.append(layer_count(state.shapes, config))
         if quantized:
             raise ModelError(f"{field}: {place} is quantized already; give the checkpoint from before quantization.")
-        shapes = shapes_after(spec, shapes, field, config)
+        state = state_after(spec, state, field, config)
         if isinstance(spec, QuantizeSpec):
             check_scheme(spec.scheme, recipe.export, family.kind, field)
         if isinstance(spec, TrimVocabularySpec):
@@ -66,14 +65,14 @@ def check_stages(recipe: Recipe, place: Path) -> None:
                 f"{field}: members are combined by the probabilities of classes, and {recipe.task} has none. Leave it "
                 "out."
             )
-        if isinstance(spec, ShortenSpec) and family.shared:
-            raise RecipeError(f"{field}: the layers of a {config['model_type']} share one block.")
         if training_of(spec):
-            check_finetuning(recipe, index, shapes, depths, place)
+            check_finetuning(recipe, index, state.shapes, depths, place)
         if isinstance(spec, PretrainSpec):
             check_pretraining(recipe, index, config, field)
     if "compressed-tensors" in recipe.export:
-        check_compressed_tensors(recipe, shapes, config)
+        check_compressed_tensors(recipe, state, config)
+    if "ctranslate2" in recipe.export:
+        check_ctranslate2(state, config)
 
 
 def _check_family(recipe: Recipe, config: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from moss_rlhf.checking.rows import (
     left_for_later,
     token_lengths,
 )
+from moss_rlhf.checking.shapes import check_budgets
 from moss_rlhf.checking.source import source_of
 from moss_rlhf.checking.stages import check_output, check_stages
 from moss_rlhf.data import DataCheck, check_data
@@ -70,6 +71,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     rows = {
         split: round(facts["rows"] * len(pieces[split]) / len(lengths[split])) for split, facts in data.facts.items()
     }
+    check_budgets(recipe, float(np.mean(pieces["train"])))
     stages = tuple(foretell(recipe, state, config, rows, pieces["train"].tolist(), longest))
     mean = float(np.mean(pieces["train"]))
     notes = [

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from moss_rlhf.errors import MachineError, ModelError, MossError
 from moss_rlhf.files import new_directory
 from moss_rlhf.model.checkpoint import Model
-from moss_rlhf.model.config import scales_by_hidden_size
+from moss_rlhf.model.config import WINDOWED, has_windows, scales_by_hidden_size
 from moss_rlhf.model.grid import LARGEST_CODE
 from moss_rlhf.model.runtime import GeneratorRuntime, TranslatorRuntime
 
@@ -71,6 +71,8 @@ def _refuse(model: Model) -> None:
             f"export: CTranslate2 scales a {kind}'s embeddings by the root of the hidden size that it finds, and this "
             "one is narrowed. Leave hidden out of narrow."
         )
+    if has_windows(model.network.config.to_dict()):
+        raise ModelError(f"export: CTranslate2: {WINDOWED.format(kind=kind)}")
     heads = {part.heads for block in model.anatomy.blocks for part in block.attentions}
     if len(heads) > 1:
         raise ModelError(

@@ -32,7 +32,7 @@ from moss_rlhf.tasks.batching import padding_of
 FILE = "model.onnx"
 _OPSET = 20
 _FLOAT_TOLERANCE = 1e-3
-_INT8_TOLERANCE = 0.5  # activations in 8 bits; a wrong graph or a wrong weight gives 1 and more
+_INT8_TOLERANCE = 0.5  # activations in 8 bits, of a graph that was right in float32
 
 
 def export_onnx(
@@ -52,10 +52,12 @@ def export_onnx(
     with new_directory(place) as partial, tempfile.TemporaryDirectory(dir=partial) as scratch:
         plain = Path(scratch) / FILE if model.quantization else partial / FILE
         _export_float(model, plain, batches[0])
+        # in float32 first: what int8 rounds would hide a graph that is wrong
+        difference = _verify_logits(model, plain, batches, _FLOAT_TOLERANCE)
         if model.quantization:
             _quantize(model, plain, partial / FILE)
+            difference = _verify_logits(model, partial / FILE, batches, _INT8_TOLERANCE)
             _keep(plain, float_file)
-        difference = _verify_logits(model, partial / FILE, batches)
         _write_companions(model, partial)
     return {
         "file": f"{place.name}/{FILE}",
@@ -202,13 +204,12 @@ def _verify_weights(graph: Any, names: Mapping[str, str], network: Any) -> None:
             raise MossError(f"export: the int8 file does not hold {name} as the checkpoint has it")
 
 
-def _verify_logits(model: Model, place: Path, batches: Sequence[Batch]) -> float:
+def _verify_logits(model: Model, place: Path, batches: Sequence[Batch], bound: float) -> float:
     """‖ONNX − PyTorch‖ / ‖PyTorch‖ over the logits of all batches."""
     reference, exported = TorchRuntime(model.network), OnnxRuntime(place)
     expected = np.concatenate([reference.run(batch) for batch in batches])
     answered = np.concatenate([exported.run(batch) for batch in batches])
     difference = float(np.linalg.norm(answered - expected) / max(float(np.linalg.norm(expected)), 1e-12))
-    bound = _INT8_TOLERANCE if model.quantization else _FLOAT_TOLERANCE
     if not difference <= bound:
         found = f"relative difference {difference:.3g}, at most {bound} may be"
         raise MossError(f"export: {place.name} answers differently from PyTorch: {found}")

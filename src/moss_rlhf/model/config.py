@@ -150,3 +150,14 @@ def _fits(declared: object, stock: BlockShape, queries_per_key: int) -> bool:
 def scales_by_hidden_size(config: Mapping[str, Any]) -> bool:
     """Whether embeddings are multiplied by the root of the hidden size that config.json gives."""
     return config["model_type"] == "gemma" or bool(config.get("scale_embedding", False))
+
+
+WINDOWED = (
+    "its converter leaves out the sliding windows of a {kind} (use_sliding_window), so longer texts would be answered "
+    "differently. Set use_sliding_window to false in config.json if no text is longer than a window."
+)
+
+
+def has_windows(config: Mapping[str, Any]) -> bool:
+    """Whether some layers of a Qwen see the nearest tokens alone."""
+    return bool(config.get("use_sliding_window", False))

@@ -24,6 +24,7 @@ from moss_rlhf.model.anatomy import (
     anatomy_of,
     block_modules,
 )
+from moss_rlhf.model.limits import depth_fault
 
 
 @torch.no_grad()
@@ -194,12 +195,9 @@ def _remember_origins(blocks: Sequence[Block]) -> None:
 
 
 def _refuse_blocks(config: Any, anatomy: Anatomy, kept: Sequence[int]) -> None:
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        raise ModelError(
-            "its attention is scaled by the layer's number (scale_attn_by_inverse_layer_idx): none can go."
-        )
-    if anatomy.family.shared:
-        raise ModelError("its layers share one block: there is none to drop or merge. Narrow, prune or quantize it.")
+    scaled = bool(getattr(config, "scale_attn_by_inverse_layer_idx", False))
+    if fault := depth_fault(shared=anatomy.family.shared, scaled_by_layer=scaled):
+        raise ModelError(fault)
     for stack in anatomy.family.stacks:
         indices = [anatomy.blocks[index].index for index in kept if anatomy.blocks[index].stack == stack.name]
         if not indices:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moss_rlhf.optimization.patterns import check_sparsity
 from moss_rlhf.optimization.wanda import wanda_score
+from moss_rlhf.recipe.compression import OUTLIER_SPREAD
 
 
 def outlier_ratio(weight: Tensor, input_norm: Tensor, threshold: float = 5.0) -> float:
@@ -23,7 +24,7 @@ def outlier_ratio(weight: Tensor, input_norm: Tensor, threshold: float = 5.0) ->
 
 
 def sparsities_by_outliers(
-    ratios: Sequence[float], sparsity: float, *, weights: Sequence[int], spread: float = 0.08
+    ratios: Sequence[float], sparsity: float, *, weights: Sequence[int], spread: float = OUTLIER_SPREAD
 ) -> list[float]:
     """Sparsities within `sparsity` ± `spread` that fall as the outlier ratio rises; their weighted mean is `sparsity`.
 

@@ -36,13 +36,13 @@ def calibration_rows(encoded: Any, rows: int, seed: int) -> Any:
 
 
 def labelled_batches(model: Model, sample: Any) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """(inputs, labels) of a sample, in its order, on the network's device."""
+    """(inputs, labels) of a sample, in its order, on the network's device; zeros where the rows have no labels."""
     device, task = next(model.network.parameters()).device, TASKS[model.task]
     longest = max(sample["length"], default=1)
     for positions in chunks(range(len(sample)), rows_at_once(longest)):
         rows = [sample[position] for position in positions]
         batch = {name: value.to(device) for name, value in task.collate(rows, model.tokenizer).items()}
-        yield task.inputs(model.network, batch), batch["labels"]
+        yield task.inputs(model.network, batch), batch.get("labels", torch.zeros(len(rows), dtype=torch.int64))
 
 
 def mean_loss(model: Model, sample: Any) -> float:

@@ -136,16 +136,6 @@ def output_error(difference: Tensor, gram: Tensor) -> float:
     return float(((difference @ gram) * difference).sum(dtype=torch.float64))
 
 
-def shortage(tokens: int, width: int) -> str | None:
-    """One sentence for the facts where the tokens cannot tell all input features apart, else None."""
-    if tokens >= width:
-        return None
-    return (
-        f"{tokens} calibration tokens span at most {tokens} of {width} input directions; damping stands in for the "
-        f"rest. Give at least {width} tokens."
-    )
-
-
 class _Rounding:
     """The walk over the columns. Matrices are held as (in, out), columns in the order of the walk."""
 

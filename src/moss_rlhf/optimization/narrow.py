@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moss_rlhf.errors import ModelError, nearest
+from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import BlockShape
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.cost import block_macs, units_kept
 from moss_rlhf.model.damage import Kept, after_narrowing
 from moss_rlhf.model.latency import Measure
+from moss_rlhf.model.limits import nothing_removed
 from moss_rlhf.model.replay import Batch
 from moss_rlhf.model.surgery import keep_hidden
 from moss_rlhf.optimization.calibration import calibration_rows, compare_speed, labelled_batches
@@ -44,6 +45,8 @@ from moss_rlhf.optimization.unit_scores import (
 from moss_rlhf.optimization.width_allocation import keep_highest, rearrange
 from moss_rlhf.optimization.width_plan import BUDGETS, Plan, budgeted_plan, uniform_plan
 from moss_rlhf.progress import Progress
+from moss_rlhf.recipe.compression import NarrowSpec, narrowing_fault
+from moss_rlhf.recipe.options import follows
 from moss_rlhf.tasks.loading import encoded
 
 Criterion = Score | Literal["sensitivity"]
@@ -51,6 +54,7 @@ _CRITERIA: tuple[Criterion, ...] = (*SCORES, "sensitivity")
 _COPIED_BYTES = 2**30  # a network up to this size is copied to be timed beside the narrowed one
 
 
+@follows(NarrowSpec, "narrow")
 def narrow(
     model: Model,
     train: Any,
@@ -91,7 +95,8 @@ def narrow(
     """
     shares = {"heads": heads, "feed_forward": feed_forward, "hidden": hidden}
     budgets: dict[str, float] = {"macs": macs, "parameters": parameters, "latency": latency}
-    _refuse_options({**shares, **budgets}, tuple(budgets), score, steps, multiple_of)
+    if fault := narrowing_fault(shares | budgets):
+        raise ModelError(f"narrow: {fault}.")
     _refuse_model(model)
     progress = progress or Progress(quiet=True)
     sample = calibration_rows(encoded(model, train), rows, seed)
@@ -103,7 +108,8 @@ def narrow(
         else budgeted_plan(model, of, budgets[of], multiple_of=multiple_of, length=length, measure=measure)
     )
     features = units_kept(size, hidden, multiple_of) if hidden else size
-    _refuse_nothing(model, shares, plan.narrows or features < size)
+    if not plan.narrows and features == size:
+        raise ModelError(f"narrow: {nothing_removed(shares, model.anatomy.shapes[0], size)}")
     if features < size:
         keep_hidden(copy.deepcopy(model.network), torch.arange(features))  # raises, if it does, before any work
     before, batches = _State.of(model, length), list(labelled_batches(model, sample))
@@ -294,36 +300,9 @@ def _faster(gone: float, budget_of_time: bool) -> str:
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 
-def _refuse_options(
-    options: Mapping[str, float], budgets: Sequence[str], score: str, steps: int, multiple_of: int
-) -> None:
-    for name, share in options.items():
-        if not 0 <= share < 1:
-            raise ModelError(
-                f"narrow: {name} is the share removed and must be in [0, 1), got {share}. Give a share such as 0.5."
-            )
-    given = [name for name, share in options.items() if share and name != "hidden"]
-    if len(given) > 1 and any(name in budgets for name in given):
-        raise ModelError(
-            f"narrow: {' and '.join(given)} can't be met together. Give shares of heads and feed_forward, or one of "
-            f"{', '.join(budgets)}."
-        )
-    if score not in _CRITERIA:
-        raise ModelError(f"narrow: score {score!r} is unknown; {nearest(score, _CRITERIA)}")
-    for name, count in (("steps", steps), ("multiple_of", multiple_of)):
-        if count < 1:
-            raise ModelError(f"narrow: {name} must be at least 1, got {count}.")
-
-
 def _refuse_model(model: Model) -> None:
     if model.quantization:
         raise ModelError("narrow: the model is quantized already; narrow it before, then quantize.")
     if model.weights is not None:
         raise ModelError("narrow: the model's blocks are on disk (offload); load it whole to narrow it.")
     refuse_not_finite(model, "narrow")
-
-
-def _refuse_nothing(model: Model, shares: Mapping[str, float], removes: bool) -> None:
-    if not removes:
-        asked = " and ".join(f"{name} {share}" for name, share in shares.items() if share or name != "hidden")
-        raise ModelError(f"narrow: {asked} are less than one unit of {model.anatomy.shapes[0]}. Remove a larger share.")

@@ -6,44 +6,14 @@ sorted: what is needed is one threshold, and the ties at it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moss_rlhf.recipe.pattern import Pattern
+
 _DIGIT = 16  # bits read at a time: a histogram of 65,536 counts
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Unstructured where both are None.
-
-    keep    (n, m): n of every m neighbours along the input stay, such as 2 of 4.
-    block   (rows, columns) that go or stay as one.
-    """
-
-    keep: tuple[int, int] | None = None
-    block: tuple[int, int] | None = None
-
-    @property
-    def sparsity(self) -> float | None:
-        """What an n:m pattern says by itself."""
-        return None if self.keep is None else 1 - self.keep[0] / self.keep[1]
-
-
-def parse_pattern(text: str) -> Pattern:
-    """'unstructured', n:m such as '2:4' (2 of 4 stay), or rows x columns such as '4x1'; ValueError on anything else."""
-    if text == "unstructured":
-        return Pattern()
-    found = re.fullmatch(r"(\d+)([:x])(\d+)", text)
-    first, last = (int(found[1]), int(found[3])) if found else (0, 0)
-    if found and found[2] == ":" and 0 < first < last:
-        return Pattern(keep=(first, last))
-    if found and found[2] == "x" and first and last:
-        return Pattern(block=(first, last))
-    raise ValueError(f"pattern must be unstructured, n:m with n < m such as 2:4, or a block such as 4x1, got {text!r}")
 
 
 def check_sparsity(sparsity: float) -> None:

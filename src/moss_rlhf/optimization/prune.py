@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from moss_rlhf.errors import ModelError, nearest
+from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import Block, Matrix
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.damage import after_pruning
 from moss_rlhf.model.replay import InputStatistics, calibrate, visit_blocks
 from moss_rlhf.optimization.allocation import outlier_ratio, sparsities_by_outliers
 from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches
+from moss_rlhf.optimization.fallbacks import DAMPING, Fallbacks
 from moss_rlhf.optimization.magnitude import global_magnitude_masks
-from moss_rlhf.optimization.patterns import Pattern, parse_pattern, pattern_mask
+from moss_rlhf.optimization.patterns import pattern_mask
 from moss_rlhf.optimization.sensitivity import current_table, sparsities_by_damage
 from moss_rlhf.optimization.soundness import refuse_not_finite
 from moss_rlhf.optimization.sparsegpt import prune_by_sparsegpt
 from moss_rlhf.optimization.wanda import wanda_score
 from moss_rlhf.progress import Progress
+from moss_rlhf.recipe.compression import PruneSpec, pruning_fault
+from moss_rlhf.recipe.options import follows
+from moss_rlhf.recipe.pattern import Pattern, misfit, parse_pattern
 from moss_rlhf.tasks.loading import encoded
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
@@ -35,6 +39,7 @@ _VERDICT = {
 }
 
 
+@follows(PruneSpec, "prune")
 def prune(
     model: Model,
     train: Any = None,
@@ -68,29 +73,28 @@ def prune(
     needs_rows = method != "magnitude" or allocation != "uniform"
     if needs_rows and train is None:
         raise ModelError(f"prune: method {method} with allocation {allocation} measures on rows; give training rows.")
-    sample = calibration_rows(encoded(model, train), rows, seed) if needs_rows else None
+    sample = _sample(model, train, rows, seed, allocation) if needs_rows else None
     shares, source = _shares(model, train, sample, share, allocation, rows, seed, progress)
+    fallbacks = Fallbacks()
     if method == "magnitude":
-        damping = _prune_by_magnitude(model, shape, share, shares, scope)
+        _prune_by_magnitude(model, shape, share, shares, scope)
     else:
-        damping = _prune_by_inputs(model, list(labelled_batches(model, sample)), method, shape, shares, progress)
+        _prune_by_inputs(model, list(labelled_batches(model, sample)), method, shape, shares, fallbacks, progress)
     by_block = {block.name: _mean_share(block, shares) for block in model.anatomy.blocks}
     model.sensitivity = after_pruning(model.sensitivity, by_block)
-    facts = _facts(model, shape, method, damping, len(sample) if sample is not None else 0)
-    return facts | ({"shares": by_block} if allocation != "uniform" else {}) | source
+    facts = _facts(model, shape, method, len(sample) if sample is not None else 0)
+    return facts | fallbacks.facts() | ({"shares": by_block} if allocation != "uniform" else {}) | source
+
+
+def _sample(model: Model, train: Any, rows: int, seed: int, allocation: str) -> Any:
+    """Only sensitivity holds answers against labels."""
+    return calibration_rows(encoded(model, train, judged=allocation == "sensitivity"), rows, seed)
 
 
 def _options(
     model: Model, method: str, pattern: str, sparsity: float | None, scope: str, allocation: str
 ) -> tuple[Pattern, float]:
     """The pattern and the share, or ModelError."""
-    for name, value, known in (
-        ("method", method, Method),
-        ("scope", scope, Scope),
-        ("allocation", allocation, Allocation),
-    ):
-        if value not in get_args(known):
-            raise ModelError(f"prune: {name} {value!r} is not known; {nearest(str(value), get_args(known))}")
     if model.quantization:
         raise ModelError("prune: the model is quantized already; prune it before, then quantize.")
     try:
@@ -98,35 +102,24 @@ def _options(
     except ValueError as error:
         raise ModelError(f"prune: {error}.") from None
     share = shape.sparsity if sparsity is None else sparsity
-    if share is None or not 0 < share < 1:
-        raise ModelError(f"prune: sparsity must be in (0, 1), got {sparsity}. Give a share such as 0.5.")
+    if share is None:
+        raise ModelError("prune: give sparsity, such as 0.5, or a pattern n:m, which says it by itself.")
     if shape.keep and abs(share - (shape.sparsity or 0)) > 1e-9:
         raise ModelError(
             f"prune: pattern {pattern} means sparsity {shape.sparsity}, got {sparsity}. Leave sparsity out."
         )
-    if scope == "global" and (method != "magnitude" or pattern != "unstructured" or allocation != "uniform"):
-        raise ModelError("prune: scope global is for method magnitude, unstructured, uniform. Leave scope out.")
-    if shape.keep and allocation != "uniform":
-        raise ModelError(f"prune: pattern {pattern} fixes every matrix's share; allocation must be uniform.")
+    if fault := pruning_fault(method, pattern, sparsity, scope, allocation):
+        raise ModelError(f"prune: {fault}")
     return shape, share
 
 
 def _refuse_misfits(model: Model, pattern: Pattern, share: float) -> None:
     """ModelError where a matrix can't take the pattern, has nothing to remove, or holds inf or nan."""
     refuse_not_finite(model, "prune")
-    of = pattern.keep[1] if pattern.keep else 1
-    rows, columns = pattern.block or (1, 1)
     for matrix in model.anatomy.matrices:
         out, width = matrix.weight.shape
-        if width % of or out % rows or width % columns:
-            raise ModelError(
-                f"prune: {matrix.name} is {out} x {width}, which the pattern does not fit. Give a pattern whose sizes "
-                "divide every matrix's."
-            )
-        if int(out * width * share / (rows * columns) + 1e-9) == 0:
-            raise ModelError(
-                f"prune: sparsity {share} is less than one of {matrix.name}'s {out * width} weights. Give a larger one."
-            )
+        if fault := misfit(out, width, pattern, share):
+            raise ModelError(f"prune: {matrix.name} {fault}")
 
 
 def _shares(
@@ -172,9 +165,7 @@ def _shares_by_outliers(model: Model, sample: Any, share: float, progress: Progr
 
 
 @torch.no_grad()
-def _prune_by_magnitude(
-    model: Model, pattern: Pattern, share: float, shares: Mapping[str, float], scope: str
-) -> dict[str, float]:
+def _prune_by_magnitude(model: Model, pattern: Pattern, share: float, shares: Mapping[str, float], scope: str) -> None:
     chosen = _global_masks(model, share) if scope == "global" else {}
     for block in visit_blocks(model):
         for matrix in block.matrices:
@@ -182,7 +173,6 @@ def _prune_by_magnitude(
             if mask is None:
                 mask = pattern_mask(matrix.weight.abs(), pattern, shares[matrix.name], by_row=False)
             _zero(model, matrix, matrix.weight.masked_fill(mask, 0))
-    return {}
 
 
 def _global_masks(model: Model, share: float) -> dict[str, Tensor]:
@@ -202,37 +192,42 @@ def _prune_by_inputs(
     method: str,
     pattern: Pattern,
     shares: Mapping[str, float],
+    fallbacks: Fallbacks,
     progress: Progress,
-) -> dict[str, float]:
-    """Block by block; returns the damping of each matrix that needed more than was asked for."""
-    damping: dict[str, float] = {}
+) -> None:
+    """Block by block, each by what leaves the pruned ones below."""
     gather: Literal["norms", "grams"] = "grams" if method == "sparsegpt" else "norms"
     for visit in calibrate(model, batches, gather=gather, progress=progress, title=f"pruning ({method})"):
         for matrix in visit.block.matrices:
             # taken out: no name of ours is to hold the last one's gram while the next block runs
-            weight, used = _solved(matrix, visit.statistics.pop(matrix.name), method, pattern, shares[matrix.name])
-            _zero(model, matrix, weight)
-            damping |= {matrix.name: used} if used > _DAMPING else {}
-    return damping
+            _solve(model, matrix, visit.statistics.pop(matrix.name), method, pattern, shares[matrix.name], fallbacks)
 
 
-_DAMPING = 0.01
 _SWEEPS = 3  # ten gain a sixth more and take three times as long
 
 
-def _solved(
-    matrix: Matrix, found: InputStatistics, method: str, pattern: Pattern, share: float
-) -> tuple[Tensor, float]:
+def _solve(
+    model: Model,
+    matrix: Matrix,
+    found: InputStatistics,
+    method: str,
+    pattern: Pattern,
+    share: float,
+    fallbacks: Fallbacks,
+) -> None:
     try:
         if method == "sparsegpt" and found.gram is not None:
             sparse = prune_by_sparsegpt(
-                matrix.weight, found.gram, share, pattern=pattern, damping=_DAMPING, sweeps=_SWEEPS
+                matrix.weight, found.gram, share, pattern=pattern, damping=DAMPING, sweeps=_SWEEPS
             )
-            return sparse.weight, sparse.damping
-        score = wanda_score(matrix.weight, found.norm)
-        return matrix.weight.masked_fill(pattern_mask(score, pattern, share, by_row=True), 0), 0.0
+            fallbacks.note(matrix.name, damping=sparse.damping, tokens=found.tokens, width=matrix.in_features)
+            weight = sparse.weight
+        else:
+            mask = pattern_mask(wanda_score(matrix.weight, found.norm), pattern, share, by_row=True)
+            weight = matrix.weight.masked_fill(mask, 0)
     except ValueError as error:
         raise ModelError(f"prune: {matrix.name}: {error}.") from None
+    _zero(model, matrix, weight)
 
 
 def _zero(model: Model, matrix: Matrix, weight: Tensor) -> None:
@@ -247,7 +242,7 @@ def _mean_share(block: Block, shares: Mapping[str, float]) -> float:
     return sum(shares[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
 
-def _facts(model: Model, pattern: Pattern, method: str, damping: Mapping[str, float], rows: int) -> dict[str, object]:
+def _facts(model: Model, pattern: Pattern, method: str, rows: int) -> dict[str, object]:
     matrices = model.anatomy.matrices
     total = sum(matrix.weight.numel() for matrix in matrices)
     zeros = total - sum(int(torch.count_nonzero(matrix.weight)) for matrix in matrices)
@@ -262,6 +257,4 @@ def _facts(model: Model, pattern: Pattern, method: str, damping: Mapping[str, fl
     }
     if rows:
         facts["rows_measured"] = rows
-    if damping:
-        facts["damping_raised"] = dict(damping)
     return facts | {"faster_here": _VERDICT[kind]}

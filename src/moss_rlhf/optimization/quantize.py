@@ -20,17 +20,17 @@ from moss_rlhf.model.processor import fast_int8, processor_flags
 from moss_rlhf.model.quantization import Quantization, Scheme
 from moss_rlhf.model.replay import Batch, InputStatistics, calibrate, visit_blocks
 from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches
-from moss_rlhf.optimization.gptq import round_by_gptq, shortage
+from moss_rlhf.optimization.fallbacks import DAMPING, Fallbacks
+from moss_rlhf.optimization.gptq import round_by_gptq
 from moss_rlhf.optimization.scaling import scale_for_awq, smooth_activations
 from moss_rlhf.optimization.soundness import refuse_not_finite
 from moss_rlhf.optimization.sparsegpt import prune_by_sparsegpt
 from moss_rlhf.progress import Progress
-from moss_rlhf.recipe.compression import combination_fault
+from moss_rlhf.recipe.compression import QuantizeSpec, combination_fault
+from moss_rlhf.recipe.options import follows
 from moss_rlhf.tasks.loading import encoded
 
-_DAMPING = 0.01
 _SWEEPS = 3  # the first takes most of what there is; ten gain a hundredth more
-_METHODS = ("nearest", "gptq", "awq")
 _SCHEMES: Mapping[str, str] = {
     "int8": "int8, symmetric, one scale an output channel and a token; activations dynamic",
     "int8_static": "int8, symmetric, one scale an output channel and a token; activations in fixed ranges",
@@ -38,6 +38,7 @@ _SCHEMES: Mapping[str, str] = {
 }
 
 
+@follows(QuantizeSpec, "quantize")
 def quantize(
     model: Model,
     train: Any = None,
@@ -75,7 +76,7 @@ def quantize(
     progress, notes = progress or Progress(quiet=True), dict[str, object]()
     batches: list[Batch] = []
     if measures(scheme, method, smooth):
-        sample = calibration_rows(encoded(model, train), rows, seed)
+        sample = calibration_rows(encoded(model, train, judged=False), rows, seed)
         batches = list(labelled_batches(model, sample))
         notes["rows_measured"] = len(sample)
     if smooth:
@@ -91,7 +92,7 @@ def quantize(
     model.quantization = Quantization(scheme, group_size if scheme == "int4" else None, ranges)
     spent = after_pruning(model.sensitivity, dict.fromkeys((block.name for block in model.anatomy.blocks), sparsity))
     model.sensitivity = after_rounding(spent, 4 if scheme == "int4" else 8)
-    return _facts(solver.errors, scheme, method) | notes | solver.facts()
+    return _facts(solver.errors, scheme, method) | notes | solver.fallbacks.facts()
 
 
 def measures(scheme: str, method: str, smooth: float) -> bool:
@@ -107,9 +108,8 @@ class _Solver:
         self.activation_order, self.sparsity = activation_order, sparsity
         self.pruned = {id(parameter) for parameter in model.pruned}
         self.ranges: dict[str, tuple[float, float]] = {}
-        self.damping: dict[str, float] = {}
+        self.fallbacks = Fallbacks()
         self.errors: dict[str, float] = {}
-        self.short: dict[str, str] = {}
 
     def run(self, batches: Sequence[Batch], progress: Progress) -> None:
         """Round every matrix of the blocks; without batches, to nearest."""
@@ -129,15 +129,12 @@ class _Solver:
         if self.method != "gptq" or found.gram is None:
             self.write(matrix, round_to_grid(matrix.weight, self.grid))
             return
-        if short := shortage(found.tokens, matrix.in_features):
-            self.short[matrix.name] = short
         try:
             weight, used = self._rounded(matrix, found.gram)
         except ValueError as error:
             raise ModelError(f"quantize: {matrix.name}: {error}.") from None
         self.write(matrix, weight)
-        if used > _DAMPING:
-            self.damping[matrix.name] = used
+        self.fallbacks.note(matrix.name, damping=used, tokens=found.tokens, width=matrix.in_features)
 
     def write(self, matrix: Matrix, weight: Tensor) -> None:
         self.errors[matrix.name] = float((weight - matrix.weight).norm() / matrix.weight.norm().clamp_min(1e-30))
@@ -150,7 +147,7 @@ class _Solver:
             self.grid,
             activation_order=self.activation_order,
             keep_largest=True,  # the scales must follow from the weights: they are not stored
-            damping=_DAMPING,
+            damping=DAMPING,
             pruned=self._zeros(matrix, gram),
             clip=True,
             sweeps=_SWEEPS,
@@ -165,15 +162,8 @@ class _Solver:
             return zeros
         if not known:
             self.model.pruned.append(matrix.parameter)
-        chosen = prune_by_sparsegpt(matrix.weight, gram, self.sparsity, damping=_DAMPING).mask
+        chosen = prune_by_sparsegpt(matrix.weight, gram, self.sparsity, damping=DAMPING).mask
         return chosen if zeros is None else chosen | zeros
-
-    def facts(self) -> dict[str, object]:
-        """What did not go as asked for."""
-        found: dict[str, object] = {"damping_raised": self.damping} if self.damping else {}
-        if self.short:
-            found["too_few_tokens"] = f"{len(self.short)} matrices: {next(iter(self.short.values()))}"
-        return found
 
 
 def _refuse(
@@ -189,10 +179,6 @@ def _refuse(
         raise ModelError(
             f"quantize: the model is quantized already ({model.quantization}); start from the checkpoint before."
         )
-    if scheme not in _SCHEMES:
-        raise ModelError(f"quantize: scheme must be {', '.join(_SCHEMES)}, got {scheme!r}.")
-    if method not in _METHODS:
-        raise ModelError(f"quantize: method must be {', '.join(_METHODS)}, got {method!r}.")
     if fault := combination_fault(scheme, method, smooth, activation_order, sparsity):
         raise ModelError(f"quantize: {fault}")
     if scheme == "int8_static" and model.anatomy.family.kind != "encoder":

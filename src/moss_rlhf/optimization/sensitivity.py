@@ -32,10 +32,11 @@ from moss_rlhf.optimization.calibration import calibration_rows, labelled_batche
 from moss_rlhf.optimization.soundness import refuse_not_finite
 from moss_rlhf.optimization.wanda import wanda_mask
 from moss_rlhf.progress import Progress
+from moss_rlhf.recipe.compression import SPARSITIES, SensitivitySpec
+from moss_rlhf.recipe.options import follows
 from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.loading import encoded
 
-SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 BITS = (8, 6, 5, 4, 3, 2)
 
 
@@ -66,6 +67,7 @@ def matrix_damage(weight: Tensor, statistics: InputStatistics, gradient: Tensor)
     }
 
 
+@follows(SensitivitySpec, "sensitivity")
 def sensitivity(
     model: Model, train: Any, *, rows: int = 256, seed: int = 0, progress: Progress | None = None
 ) -> dict[str, object]:

@@ -12,16 +12,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from moss_rlhf.errors import ModelError, nearest
+from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import Anatomy
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.damage import after_shortening
-from moss_rlhf.model.surgery import only_blocks
+from moss_rlhf.model.limits import depth_fault, shortening_fault
 from moss_rlhf.optimization.calibration import calibration_rows, compare_speed, labelled_batches, mean_loss
 from moss_rlhf.optimization.sensitivity import current_table
 from moss_rlhf.optimization.soundness import refuse_not_finite
 from moss_rlhf.optimization.stack_search import Found, Way, loss_of, search
 from moss_rlhf.progress import Progress
+from moss_rlhf.recipe.compression import ShortenSpec, similarity_fault
+from moss_rlhf.recipe.options import follows
 from moss_rlhf.tasks.loading import encoded
 
 How = Literal["drop", "merge_average", "merge_collapse", "merge_least_squares", "auto"]
@@ -31,6 +33,7 @@ WhichStack = Literal["auto", "encoder", "decoder"]
 _HELD_OUT = 4  # every fourth row, where ways are compared
 
 
+@follows(ShortenSpec, "shorten")
 def shorten(
     model: Model,
     train: Any,
@@ -56,7 +59,7 @@ def shorten(
     raises       ModelError on a quantized model or shared layers, where no block would stay, where blocks can't be
                  merged, or where no merge is as similar as asked for. The model is as it was then.
     """
-    _refuse(model, remove, how=how, score=score, stack=stack, similarity=similarity, rows=rows)
+    _refuse(model, remove, how=how, score=score, stack=stack, similarity=similarity)
     anatomy = model.anatomy
     sample = calibration_rows(encoded(model, train), rows, seed)
     progress = progress or Progress(quiet=True)
@@ -161,49 +164,25 @@ def _split(sample: Any) -> tuple[Any, Any]:
 # --- what is refused, and what is told -----------------------------------------------------------------------------
 
 
-def _refuse(
-    model: Model, remove: int, *, how: str, score: str, stack: str, similarity: float | None, rows: int
-) -> None:
-    for name, value, known in (("how", how, How), ("score", score, Score), ("stack", stack, WhichStack)):
-        if value not in get_args(known):
-            raise ModelError(f"shorten: {name} {value!r} is not known; {nearest(str(value), get_args(known))}")
+def _refuse(model: Model, remove: int, *, how: str, score: str, stack: str, similarity: float | None) -> None:
     if model.quantization:
         raise ModelError("shorten: the model is quantized already; shorten it before, then quantize.")
     refuse_not_finite(model, "shorten")
     anatomy = model.anatomy
-    try:
-        with only_blocks(model.network, range(len(anatomy.blocks))):
-            pass  # surgery knows what can't lose a block
-    except ModelError as error:
-        raise ModelError(f"shorten: {error}") from None
-    stacks = [part.name for part in anatomy.family.stacks]
-    if stack not in ("auto", *stacks):
-        raise ModelError(f"shorten: the model has no {stack}, only one {stacks[0]}. Leave stack at 'auto'.")
-    if similarity is not None and (how == "drop" or not 0 < similarity <= 1):
-        raise ModelError(
-            f"shorten: similarity is a cosine in (0, 1] that merges must keep, got {similarity} with how {how!r}. Give "
-            "a number such as 0.65 with a merge, or leave it out."
-        )
-    if rows < 1:
-        raise ModelError(f"shorten: rows must be at least 1, got {rows}. Give a number such as 512.")
-    _refuse_count(anatomy, remove, "drop" if how == "auto" else how, score, stack)
+    scaled = bool(getattr(model.network.config, "scale_attn_by_inverse_layer_idx", False))
+    if fault := depth_fault(shared=anatomy.family.shared, scaled_by_layer=scaled):
+        raise ModelError(f"shorten: {fault}")
+    if fault := similarity_fault(similarity, how):
+        raise ModelError(f"shorten: {fault}")
+    _refuse_count(anatomy, remove, how, score, stack)
 
 
 def _refuse_count(anatomy: Anatomy, remove: int, how: str, score: str, stack: str) -> None:
     """ModelError where so many blocks can't go."""
-    chosen = [part.name for part in anatomy.family.stacks if stack in ("auto", part.name)]
-    fixed = 1 if how != "drop" and anatomy.family.first_stays else 0  # stays, and can't take others in
-    spare = [max(0, len(anatomy.stack(name)) - 1 - fixed) for name in chosen]
-    most = max(spare) if score == "angular" else sum(spare)
-    depth = sum(len(anatomy.stack(name)) for name in chosen)
-    if not most:
-        verb = "removed" if how == "drop" else "merged"
-        raise ModelError(f"shorten: of {depth} layers none can be {verb}; leave this stage out.")
-    if not 0 < remove <= most:
-        raise ModelError(
-            f"shorten: can't remove {remove} of {depth} layers; at least one must stay and one must go"
-            f"{', of each stack' if len(chosen) > 1 else ''}. Give 1 to {most}."
-        )
+    layers = {str(part.name): len(anatomy.stack(part.name)) for part in anatomy.family.stacks}
+    first_stays = anatomy.family.first_stays
+    if fault := shortening_fault(remove, layers, stack=stack, how=how, score=score, first_stays=first_stays):
+        raise ModelError(f"shorten: {fault}")
 
 
 def _facts(anatomy: Anatomy, found: Found, score: str) -> dict[str, object]:

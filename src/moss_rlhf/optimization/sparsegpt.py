@@ -28,7 +28,6 @@ from moss_rlhf.model.grid import is_finite
 from moss_rlhf.optimization.descent import sweep
 from moss_rlhf.optimization.factor import Factor, check_hessian, factorize, mean_diagonal
 from moss_rlhf.optimization.patterns import (
-    Pattern,
     all_but_highest,
     check_fit,
     check_sparsity,
@@ -36,6 +35,7 @@ from moss_rlhf.optimization.patterns import (
     lowest_tiles,
     whole,
 )
+from moss_rlhf.recipe.pattern import Pattern
 
 BLOCK = 128
 PANEL = 32

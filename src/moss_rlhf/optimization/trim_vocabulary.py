@@ -24,12 +24,15 @@ from moss_rlhf.model.tables import has_token_head, keep_tokens, tokens_in_config
 from moss_rlhf.model.vocabulary import KINDS, Vocabulary, rewrite, words, words_probe
 from moss_rlhf.optimization.soundness import refuse_not_finite
 from moss_rlhf.progress import Progress
+from moss_rlhf.recipe.compression import TrimVocabularySpec
+from moss_rlhf.recipe.options import follows
 from moss_rlhf.tasks import TASKS
 
 _AT_ONCE = 1000  # texts
 _NO_ID = -1
 
 
+@follows(TrimVocabularySpec, "trim_vocabulary")
 def trim_vocabulary(
     model: Model,
     corpora: Any,
@@ -53,7 +56,7 @@ def trim_vocabulary(
     raises          ModelError on a quantized model or a tokenizer of another kind; DataError where there is no text.
                     The model is untouched then.
     """
-    _refuse(model, minimum_count, multiple_of)
+    _refuse(model)
     progress, texts = progress or Progress(quiet=True), _texts(model, corpora)
     backend, vocabulary = _backend(model.tokenizer)
     counts, failing = _count(backend, vocabulary, progress.track(texts, "counting tokens"))
@@ -70,13 +73,10 @@ def trim_vocabulary(
     return _facts(model, vocabulary, counts, kept) | changes | _apply(model, tokenizer, kept)
 
 
-def _refuse(model: Model, minimum_count: int, multiple_of: int) -> None:
+def _refuse(model: Model) -> None:
     if model.quantization:
         raise ModelError("trim_vocabulary: the model is quantized already; trim it before, then quantize.")
     refuse_not_finite(model, "trim_vocabulary")
-    for name, value in (("minimum_count", minimum_count), ("multiple_of", multiple_of)):
-        if value < 1:
-            raise ModelError(f"trim_vocabulary: {name} must be at least 1, got {value}.")
     kind = type(model.tokenizer).__name__
     if not model.tokenizer.is_fast:
         raise ModelError(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from moss_rlhf.recipe.pattern import parse_pattern
 from moss_rlhf.recipe.spec import Positive, Removed, Share, Spec
 
 CalibrationRows = Annotated[int, Field(ge=1, description="training rows that the network is measured on")]
+
+OUTLIER_SPREAD = 0.08
+"""How far allocation outliers moves a block's share to either side (Yin et al. 2023, arXiv:2310.05175, §3.3)."""
+SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""The shares whose damage sensitivity measures."""
 
 
 class NarrowSpec(Spec):
@@ -32,19 +38,27 @@ class NarrowSpec(Spec):
 
     @model_validator(mode="after")
     def _something(self) -> NarrowSpec:
-        shares = {"heads", "feed_forward", "hidden"}
-        budgets = {"macs", "parameters", "latency"}
-        given = {name for name in shares | budgets if getattr(self, name)}
-        if not given:
-            raise PydanticCustomError("nothing", "removes nothing; give heads or feed_forward a share above 0")
-        if len(given & budgets) > 1 or (given & budgets and given & {"heads", "feed_forward"}):
-            raise PydanticCustomError(
-                "nothing",
-                "{names} can't be met together; give shares of heads and feed_forward, or one of macs, parameters and "
-                "latency",
-                {"names": ", ".join(sorted(given - {"hidden"}))},
-            )
+        if fault := narrowing_fault({name: getattr(self, name) for name in (*SHARES, *BUDGETS)}):
+            raise PydanticCustomError("nothing", "{fault}", {"fault": fault})
         return self
+
+
+SHARES = ("heads", "feed_forward", "hidden")
+BUDGETS = ("macs", "parameters", "latency")
+
+
+def narrowing_fault(shares: Mapping[str, float]) -> str | None:
+    """One sentence where `narrow`'s shares and budgets, by name, do not go together, else None."""
+    given = sorted(name for name, share in shares.items() if share)
+    budgets = [name for name in given if name in BUDGETS]
+    if not given:
+        return "removes nothing; give heads or feed_forward a share above 0"
+    if len(budgets) > 1 or (budgets and {"heads", "feed_forward"} & set(given)):
+        return (
+            f"{', '.join(name for name in given if name != 'hidden')} can't be met together; give shares of heads and "
+            "feed_forward, or one of macs, parameters and latency"
+        )
+    return None
 
 
 class ShortenSpec(Spec):
@@ -59,7 +73,23 @@ class ShortenSpec(Spec):
         description="loss: what removing it costs; the others: how little it changes its input, sensitivity as saved",
     )
     stack: Literal["auto", "encoder", "decoder"] = Field("auto", description="which stack of an encoder-decoder")
+    similarity: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="merges: least mean cosine of the last states to the old ones (LaCo's threshold)"
+    )
     rows: CalibrationRows = 512
+
+    @model_validator(mode="after")
+    def _similar(self) -> ShortenSpec:
+        if fault := similarity_fault(self.similarity, self.how):
+            raise PydanticCustomError("together", "{fault}", {"fault": fault})
+        return self
+
+
+def similarity_fault(similarity: float | None, how: str) -> str | None:
+    """One sentence where `shorten`'s similarity has no merge to judge, else None."""
+    if similarity is None or how != "drop":
+        return None
+    return f"similarity {similarity} is what merges must keep, and how is drop. Give a merge, or leave similarity out."
 
 
 class PruneSpec(Spec):
@@ -79,8 +109,12 @@ class PruneSpec(Spec):
     @field_validator("pattern")
     @classmethod
     def _known(cls, value: str) -> str:
-        if not re.fullmatch(r"unstructured|[1-9]\d?:[1-9]\d?|[1-9]\d{0,2}x[1-9]\d{0,2}", value):
-            raise PydanticCustomError("pattern", "give unstructured, N:M such as 2:4, or a block such as 4x1")
+        try:
+            parse_pattern(value)
+        except ValueError:
+            raise PydanticCustomError(
+                "pattern", "give unstructured, N:M with N below M such as 2:4, or a block such as 4x1"
+            ) from None
         return value
 
     @model_validator(mode="after")
@@ -89,7 +123,27 @@ class PruneSpec(Spec):
             raise PydanticCustomError(
                 "pattern", "give sparsity, such as 0.5, or a pattern N:M, which says it by itself"
             )
+        if fault := pruning_fault(self.method, self.pattern, self.sparsity, self.scope, self.allocation):
+            raise PydanticCustomError("together", "{fault}", {"fault": fault})
         return self
+
+
+def pruning_fault(method: str, pattern: str, sparsity: float | None, scope: str, allocation: str) -> str | None:
+    """One sentence where `prune`'s options do not go together, else None."""
+    share = sparsity or 0.5
+    faults = {
+        "scope global is one threshold for all weights by magnitude: method magnitude, pattern unstructured, "
+        "allocation uniform. Leave scope out, or these.": scope == "global"
+        and (method, pattern, allocation) != ("magnitude", "unstructured", "uniform"),
+        f"pattern {pattern} fixes every matrix's share. Leave allocation out.": ":" in pattern
+        and allocation != "uniform",
+        f"allocation outliers moves shares by up to {OUTLIER_SPREAD}, and around sparsity {sparsity} they would leave "
+        f"[0, 1). Give a sparsity from {OUTLIER_SPREAD} to {0.99 - OUTLIER_SPREAD:.2f}.": allocation == "outliers"
+        and not OUTLIER_SPREAD <= share < 1 - OUTLIER_SPREAD,
+        f"allocation sensitivity knows what removing up to {SPARSITIES[-1]} of a matrix costs; sparsity {sparsity} is "
+        f"more. Give at most {SPARSITIES[-1]}.": allocation == "sensitivity" and share > SPARSITIES[-1],
+    }
+    return next((fault for fault, holds in faults.items() if holds), None)
 
 
 class QuantizeSpec(Spec):
@@ -120,13 +174,11 @@ class QuantizeSpec(Spec):
 def combination_fault(
     scheme: str, method: str, smooth: float, activation_order: bool | None, sparsity: float
 ) -> str | None:
-    """One sentence where `quantize`'s options do not go together or are out of range, else None."""
+    """One sentence where `quantize`'s options do not go together, else None."""
     faults = {
         f"activation_order and sparsity are for method gptq, not {method}. Leave them out, or give gptq.": (
             method != "gptq" and bool(activation_order or sparsity)
         ),
-        f"sparsity must be in [0, 1), got {sparsity}. Give a share such as 0.5.": not 0 <= sparsity < 1,
-        f"smooth must be in [0, 1], got {smooth}. Give a share such as 0.5.": not 0 <= smooth <= 1,
         "smooth evens out activations for int8 and int8_static; with int4 they stay in float. Leave it out.": (
             smooth > 0 and scheme == "int4"
         ),

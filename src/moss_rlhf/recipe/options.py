@@ -17,12 +17,15 @@ Returned = TypeVar("Returned")
 
 
 def follows(spec: type[Spec], place: str) -> Callable[[Callable[Given, Returned]], Callable[Given, Returned]]:
-    """A function whose keyword arguments keep to the fields of `spec` that have their names, see `check_options`."""
+    """A function whose keyword arguments keep to the fields of `spec` that have their names, see `check_options`.
+
+    Words and numbers reach it as a recipe would hold them: "0.5" as 0.5 where a number is wanted.
+    """
 
     def checked(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
         @wraps(function)
         def call(*args: Given.args, **kwargs: Given.kwargs) -> Returned:
-            check_options(spec, kwargs, place)
+            kwargs.update(check_options(spec, kwargs, place))
             return function(*args, **kwargs)
 
         return call
@@ -30,11 +33,13 @@ def follows(spec: type[Spec], place: str) -> Callable[[Callable[Given, Returned]
     return checked
 
 
-def check_options(spec: type[Spec], given: Mapping[str, Any], place: str) -> None:
+def check_options(spec: type[Spec], given: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Hold numbers, words and mappings of them to the fields of a spec; the rest is for whoever takes it.
 
+    returns  the numbers and words, as the fields hold them.
     raises   RecipeError on the first value that a recipe could not hold.
     """
+    held = {}
     for name, value in given.items():
         if name not in spec.model_fields:
             continue
@@ -42,12 +47,13 @@ def check_options(spec: type[Spec], given: Mapping[str, Any], place: str) -> Non
         if isinstance(value, Mapping) and inner is not None:
             check_options(inner, value, f"{place}.{name}")
         elif isinstance(value, str | int | float):
-            _check(spec, name, value, f"{place}.{name}")
+            held[name] = _held(spec, name, value, f"{place}.{name}")
+    return held
 
 
-def _check(spec: type[Spec], name: str, value: object, place: str) -> None:
+def _held(spec: type[Spec], name: str, value: object, place: str) -> Any:
     try:
-        _adapter(spec, name).validate_python(value)
+        return _adapter(spec, name).validate_python(value)
     except ValidationError as error:
         rules = dict.fromkeys(rule(fault) for fault in error.errors() if fault["type"] not in _STRUCTURES)
         raise RecipeError(f"{place}: {value!r} can't be used; it must {' or '.join(rules)}.") from None

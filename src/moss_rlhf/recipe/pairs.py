@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -29,6 +30,10 @@ def pair_fault(
     """
     faults = {
         "movement and l1 both choose what becomes zero. Leave one of them out.": movement and l1,
+        "movement prunes what training moves towards zero, and blocks that no phase trains would lose weights without "
+        "a reason. Give one phase train: all, or leave movement or phases out.": movement
+        and phases
+        and not any(_trains(phase) == "all" for phase in phases),
         "the weights below adapters stand still, so movement, quantization_aware, l1, l2_start, reinitialise and "
         "phases have nothing to work on. Leave them out, or adapter.": adapter
         and (movement or quantization_aware or l1 or l2_start or reinitialise or phases),
@@ -43,6 +48,10 @@ def pair_fault(
         "mixed rows have no compiled block of their own. Leave mixup out, or compile.": mixup and compile,
     }
     return next((fault for fault, holds in faults.items() if holds), None)
+
+
+def _trains(phase: Any) -> Any:
+    return phase["train"] if isinstance(phase, Mapping) else phase.train
 
 
 def loss_fault(task: str, loss: Any) -> str | None:

@@ -32,6 +32,11 @@ def load(
     name = task or config.get(KEY, {}).get("task") or usual_task(config)
     auto_class = TASKS[name].auto_class()
     if offload:
+        if TASKS[name].has_classes and (labels is not None or trained_labels(config) is None):
+            raise ModelError(
+                f"{place}: offload leaves the weights on disk, and a trained head must be among them. Load it whole, "
+                "fine-tune and save it first."
+            )
         model = load_checkpoint(place, auto_class, offload=True)
         model.task = name
         return model
@@ -48,14 +53,23 @@ def load(
     return load_pretrained(place, name, auto_class, names)
 
 
-def encoded(model: Model, rows: Any, max_length: int | None = None) -> Any:
+def encoded(model: Model, rows: Any, max_length: int | None = None, *, judged: bool = True) -> Any:
     """Rows as the methods take them: tokenized, where they are not yet.
 
     rows     a datasets.Dataset, or a list of mappings, with the task's columns; labels as names or class ids.
     max_length   tokens of a row; else as the model was trained; else as many as it has positions for, of a language
                  model no more than 1024.
-    raises   DataError where a text column is missing, or on a label that the model does not know.
+    judged   whether answers are to be held against labels, which must be there then.
+    raises   DataError where there are no rows, a text column or the labels are missing, or on a label that the model
+             does not know.
     """
+    ready = _encoded(model, rows, max_length)
+    if judged and TASKS[model.task].has_classes and "labels" not in ready.column_names:
+        raise DataError("rows: they have no column 'label', and answers are held against it. Give rows with labels.")
+    return ready
+
+
+def _encoded(model: Model, rows: Any, max_length: int | None) -> Any:
     if not isinstance(rows, Sequence) and "input_ids" in rows.column_names:
         return rows
     task = TASKS[model.task]
@@ -69,6 +83,8 @@ def encoded(model: Model, rows: Any, max_length: int | None = None) -> Any:
 def _dataset(model: Model, rows: Any) -> Any:
     from datasets import Dataset
 
+    if not len(rows):
+        raise DataError("rows: there are none. Give at least one, with the columns of the task.")
     data = Dataset.from_list(list(rows)) if isinstance(rows, Sequence) else rows
     texts = [column.name for column in TASKS[model.task].columns if column.kind == "text"]
     if missing := [name for name in texts if name not in data.column_names]:

@@ -120,11 +120,12 @@ class TextClassification:
         return padding_of(tokenizer)
 
     def collate(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
-        """Encoded rows → one batch of tensors, labels included."""
+        """Encoded rows → one batch of tensors, labels included where known."""
         import torch
 
         batch: dict[str, NDArray[Any]] = dict(pad(rows, self.padding(tokenizer)))
-        batch["labels"] = np.array([row["labels"] for row in rows], dtype=np.int64)
+        if "labels" in rows[0]:
+            batch["labels"] = np.array([row["labels"] for row in rows], dtype=np.int64)
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
     def inputs(self, network: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
