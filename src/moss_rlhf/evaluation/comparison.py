@@ -200,7 +200,7 @@ def fit_temperature(model: Model, rows: Any) -> float:
     task = TASKS[model.task]
     if not isinstance(task, TextClassification):
         raise ModelError(f"fit_temperature: is for classifiers, and this is a model for {model.task}.")
-    ready = encoded(model, rows)
+    ready = encoded(model, rows, judged=True)
     if not len(ready):
         raise DataError("fit_temperature: there are no rows to fit on; give validation rows.")
     answers = answer(task, TorchRuntime(model.network), ready, model.tokenizer)
@@ -275,7 +275,7 @@ def evaluate(
     from moss_rlhf.tasks.loading import encoded
 
     task, runtime = TASKS[model.task], TorchRuntime(model.network)
-    ready = encoded(model, rows)
+    ready = encoded(model, rows, judged=True)
     if not len(ready):
         raise DataError("evaluate: there are no rows to measure on; give at least one with a text.")
     answers = answer(task, runtime, ready, model.tokenizer)

@@ -88,7 +88,7 @@ def ensemble(
     task, options, progress = _classifier(model), dict(finetune or {}), progress or Progress(quiet=True)
     _check(members, by, options)
     teaching = option(Distillation, distill, "distill")
-    train, validation = encoded(model, train), encoded(model, validation)
+    train, validation = (encoded(model, rows, judged=True) for rows in (train, validation))
     folds = stratified_folds(task.labels(train), members, seed, model.labels) if by == "folds" else None
     with training_folder(workspace) as folder:
         options.setdefault("cache_folder", folder / "prefix")  # what is frozen in all of them is run once for all

@@ -299,7 +299,7 @@ def evaluate_loss(model: Model, encoded: Any, task: Task) -> dict[str, float]:
 
 
 def _rows(model: Model, rows: Any, name: str) -> Any:
-    ready = encoded(model, rows) if len(rows) else rows
+    ready = encoded(model, rows, judged=True) if len(rows) else rows
     if len(ready) == 0:  # a language model has no row of a text that is a single token
         raise DataError(f"finetune: {name} holds no rows; give at least one.")
     return ready

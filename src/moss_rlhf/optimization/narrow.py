@@ -99,7 +99,7 @@ def narrow(
         raise ModelError(f"narrow: {fault}.")
     _refuse_model(model)
     progress = progress or Progress(quiet=True)
-    sample = calibration_rows(encoded(model, train), rows, seed)
+    sample = calibration_rows(encoded(model, train, judged=True), rows, seed)
     length, size = float(np.mean(sample["length"])), model.anatomy.hidden_size
     of = next((name for name in BUDGETS if budgets[name]), None)
     plan: Plan = (

@@ -76,7 +76,7 @@ def quantize(
     progress, notes = progress or Progress(quiet=True), dict[str, object]()
     batches: list[Batch] = []
     if measures(scheme, method, smooth):
-        sample = calibration_rows(encoded(model, train, judged=False), rows, seed)
+        sample = calibration_rows(encoded(model, train), rows, seed)
         batches = list(labelled_batches(model, sample))
         notes["rows_measured"] = len(sample)
     if smooth:

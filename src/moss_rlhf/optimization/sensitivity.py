@@ -82,7 +82,7 @@ def sensitivity(
         raise ModelError("sensitivity: the model is quantized already; measure it before.")
     refuse_not_finite(model, "sensitivity")
     progress = progress or Progress(quiet=True)
-    sample = calibration_rows(encoded(model, train), rows, seed)
+    sample = calibration_rows(encoded(model, train, judged=True), rows, seed)
     measured, batches = len(sample), list(labelled_batches(model, sample))
     gradients, units = _gradients(model, batches, progress)
     matrices, drops = _forward_scores(model, batches, gradients, progress)

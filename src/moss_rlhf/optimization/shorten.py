@@ -61,7 +61,7 @@ def shorten(
     """
     _refuse(model, remove, how=how, score=score, stack=stack, similarity=similarity)
     anatomy = model.anatomy
-    sample = calibration_rows(encoded(model, train), rows, seed)
+    sample = calibration_rows(encoded(model, train, judged=True), rows, seed)
     progress = progress or Progress(quiet=True)
     influence, source = dict[str, float](), dict[str, object]()
     if score == "sensitivity":

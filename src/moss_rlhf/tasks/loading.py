@@ -53,7 +53,7 @@ def load(
     return load_pretrained(place, name, auto_class, names)
 
 
-def encoded(model: Model, rows: Any, max_length: int | None = None, *, judged: bool = True) -> Any:
+def encoded(model: Model, rows: Any, max_length: int | None = None, *, judged: bool = False) -> Any:
     """Rows as the methods take them: tokenized, where they are not yet.
 
     rows     a datasets.Dataset, or a list of mappings, with the task's columns; labels as names or class ids.
