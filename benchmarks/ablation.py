@@ -1,6 +1,7 @@
 """Each trick of fine-tuning alone on SST-2: what it gains in accuracy and what it costs in time, over several seeds.
 
 `python benchmarks/ablation.py --data FOLDER --work FOLDER [--rows 8000] [--epochs 2] [--seeds 3] [--workers 1]`
+and, of the fine-tuning that follows a compression, the same with `--study recovery`.
 
 FOLDER holds sst2/{dev,test}.tsv and sst2_glue/train.tsv.gz. Every training starts from the same pretrained MiniLM and
 differs from the plain one in the fields that the table names. The best of its evaluations on dev (872 sentences) is
@@ -38,7 +39,7 @@ from moss_rlhf.tasks import TASKS
 
 QUIET = Progress(quiet=True)
 PLAIN = "plain"
-FINETUNE, DATA = "stages.0.finetune.", "data."
+FINETUNE, DATA, RECOVERY = "stages.0.finetune.", "data.", "stages.3.finetune."
 
 
 def finetuned(**options: Any) -> dict[str, Any]:
@@ -84,6 +85,19 @@ TRICKS: Mapping[str, dict[str, Any]] = {
     "balance: oversample": {DATA + "balance": "oversample"},
 }
 PRETRAINED = "pretrain, 3 epochs of the task's texts, before it"
+COPIES = {"copies": 1, "swap": 0.1, "delete": 0.1, "punctuation": 0.1, "use": "distill"}
+RECOVERIES: Mapping[str, dict[str, Any]] = {
+    PLAIN: {},  # the parent's logits teach
+    "no teacher": {RECOVERY + "distill": "none"},
+    "labels and teacher half and half": {RECOVERY + "distill.weight": 0.5},
+    "hidden states too": {RECOVERY + "distill.hidden": 1.0},
+    "attention relations too": {RECOVERY + "distill.attention": 1.0},
+    "augmented copies for the student": {DATA + "augment": COPIES},
+    "twice the epochs": {RECOVERY + "epochs": 2},
+    "layers: by_damage": {RECOVERY + "layers": "by_damage"},
+    "layer_decay: 0.9": {RECOVERY + "layer_decay": 0.9},
+}
+STUDIES = {"finetuning": [*TRICKS, PRETRAINED], "recovery": list(RECOVERIES)}
 
 
 def recipe_of(options: argparse.Namespace, trick: str, seed: int, output: str) -> Any:
@@ -100,7 +114,7 @@ def recipe_of(options: argparse.Namespace, trick: str, seed: int, output: str) -
                 "limit": {"train": options.rows},
                 "max_length": 64,
             },
-            "stages": [{"finetune": {"epochs": options.epochs}}],
+            "stages": stages_of(options),
             "seed": seed,
             "output": output,
         }
@@ -115,7 +129,17 @@ def recipe_of(options: argparse.Namespace, trick: str, seed: int, output: str) -
                 ]
             },
         )
-    return with_values(plain, TRICKS[trick])
+    return with_values(plain, (TRICKS if options.study == "finetuning" else RECOVERIES)[trick])
+
+
+def stages_of(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A fine-tuning; for the study of recovery half of the heads and neurons go after it, and it is taught again."""
+    if options.study == "finetuning":
+        return [{"finetune": {"epochs": options.epochs}}]
+    recovery = {"epochs": options.epochs, "learning_rate": 1e-4, "distill": {"teacher": "parent", "weight": 0.9}}
+    narrow = {"heads": 0.5, "feed_forward": 0.5, "score": "sensitivity"}
+    first = {"epochs": options.epochs, "learning_rate": 1e-4}
+    return [{"finetune": first}, {"sensitivity": {}}, {"narrow": narrow}, {"finetune": recovery}]
 
 
 def measured(options: argparse.Namespace, trick: str, seed: int) -> dict[str, Any]:
@@ -138,7 +162,7 @@ def measured(options: argparse.Namespace, trick: str, seed: int) -> dict[str, An
 def measure_all(options: argparse.Namespace, tricks: list[str]) -> list[dict[str, Any]]:
     """Every trick with every seed, one seed after the other; those that WORK holds already are read."""
     options.work.mkdir(parents=True, exist_ok=True)
-    file = options.work / f"ablation-{options.rows}-{options.epochs}.jsonl"
+    file = options.work / f"{options.study}-{options.rows}-{options.epochs}.jsonl"
     found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     done = {(one["trick"], one["seed"]) for one in found}
     jobs = [(trick, seed) for seed in range(options.seeds) for trick in tricks if (trick, seed) not in done]
@@ -175,16 +199,19 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="runs at once")
-    parser.add_argument("--only", nargs="+", default=[*TRICKS, PRETRAINED])
+    parser.add_argument("--study", choices=list(STUDIES), default="finetuning")
+    parser.add_argument("--only", nargs="+")
     options = parser.parse_args()
-    found = measure_all(options, options.only)
-    counted = [trick for trick in options.only if any(one["trick"] == trick for one in found)]
+    tricks = options.only or STUDIES[options.study]
+    found = measure_all(options, tricks)
+    counted = [trick for trick in tricks if any(one["trick"] == trick for one in found)]
     title = (
-        f"Each trick alone, SST-2, {options.rows:,} phrases, {options.epochs} epochs, {options.seeds} seeds, "
-        f"{options.workers} runs at once"
+        f"Each trick of {options.study} alone, SST-2, {options.rows:,} phrases, {options.epochs} epochs, "
+        f"{options.seeds} seeds, {options.workers} runs at once"
     )
     rows = [row_of(trick, found) for trick in counted]
-    keep("ablation", table(title, rows, ("trick", "test accuracy, gain (95 %)", "time of the run")))
+    name = "ablation" if options.study == "finetuning" else f"ablation-{options.study}"
+    keep(name, table(title, rows, ("trick", "test accuracy, gain (95 %)", "time of the run")))
 
 
 if __name__ == "__main__":
