@@ -45,8 +45,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A clause that helps after an unknown name: `did you mean 'epochs'? Known: …`."""
+    """A clause that helps after an unknown name: `did you mean 'epochs'? Known: …`; 'lr' is short for 'learning_rate'."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    short = [each for each in names if "_" in each and "".join(word[:1] for word in each.split("_")) == name.lower()]
+    close = short or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Known names: {', '.join(names)}."
