@@ -340,7 +340,6 @@ BLOCKS = [
     ("bert", [{"narrow": {"macs": 0.3}}, {"shorten": {"how": "merge_average"}}], r"shorten\.how: .*Put shorten before"),
     ("bert", [{"narrow": {"macs": 0.99}}], r"narrow\.macs: 0\.99 can't be removed: with one head and 8 neurons"),
     ("bert", [{"narrow": {"parameters": 0.99}}], r"narrow\.parameters: 0\.99 can't be removed"),
-    ("bert", [{"finetune": {"movement": {"sparsity": 0.5}, "phases": [{"train": ["head"]}]}}], "one phase train: all"),
 ]
 
 

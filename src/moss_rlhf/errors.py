@@ -45,7 +45,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A clause that helps after an unknown name: `did you mean 'epochs'? Known: …`; 'lr' is short for 'learning_rate'."""
+    """A clause that helps after an unknown name, `did you mean 'epochs'? Known: …`; lr may be a name's initials."""
     names = sorted(known)
     short = [each for each in names if "_" in each and "".join(word[:1] for word in each.split("_")) == name.lower()]
     close = short or difflib.get_close_matches(name, names, n=1, cutoff=0.5)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from moss_rlhf.recipe.pairs import pair_fault
+from moss_rlhf.recipe.pairs import pair_fault, trains_all_from
 from moss_rlhf.recipe.spec import Name, Positive, Share, Spec
 
 OptimizerName = Literal["adamw", "adam", "sgd", "adafactor"]
@@ -23,7 +23,6 @@ ScheduleName = Literal[
     "warmup_stable_decay",
     "reduce_on_plateau",
 ]
-_ALL_TRAIN_FROM = 0.5  # of the steps of gradual unfreezing
 Strength = Annotated[float, Field(ge=0)]
 Below = Annotated[float, Field(ge=0, lt=1)]
 
@@ -338,10 +337,16 @@ class FinetuneSpec(Spec):
         )
         if fault:
             raise PydanticCustomError("nothing", "{fault}", {"fault": fault})
-        if self.movement and self.unfreeze == "gradual" and self.movement.begin < _ALL_TRAIN_FROM:
+        share = trains_all_from(self.unfreeze, self.phases or ())
+        if self.movement and self.movement.begin < share:
             raise PydanticCustomError(
                 "nothing",
-                "with unfreeze gradual all layers train from half of the steps on, and frozen ones can't be scored; "
-                "give movement a begin of at least 0.5",
+                "movement begins at {begin} of the steps, and some layers stay frozen until {share}: they can't be "
+                "scored. {remedy}",
+                {
+                    "begin": self.movement.begin,
+                    "share": f"{share:.3g}",
+                    "remedy": f"give movement a begin of at least {share:.3g}" if share < 1 else "end with train: all",
+                },
             )
         return self

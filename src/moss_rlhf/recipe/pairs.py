@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -30,10 +30,6 @@ def pair_fault(
     """
     faults = {
         "movement and l1 both choose what becomes zero. Leave one of them out.": movement and l1,
-        "movement prunes what training moves towards zero, and blocks that no phase trains would lose weights without "
-        "a reason. Give one phase train: all, or leave movement or phases out.": movement
-        and phases
-        and not any(_trains(phase) == "all" for phase in phases),
         "the weights below adapters stand still, so movement, quantization_aware, l1, l2_start, reinitialise and "
         "phases have nothing to work on. Leave them out, or adapter.": adapter
         and (movement or quantization_aware or l1 or l2_start or reinitialise or phases),
@@ -50,8 +46,13 @@ def pair_fault(
     return next((fault for fault, holds in faults.items() if holds), None)
 
 
-def _trains(phase: Any) -> Any:
-    return phase["train"] if isinstance(phase, Mapping) else phase.train
+def trains_all_from(unfreeze: str, phases: Sequence[Any]) -> float:
+    """The share of the steps from which every layer trains; 1 where some never do."""
+    if not phases:
+        return {"gradual": 0.5, "head_first": 1 / 3}.get(unfreeze, 0.0)
+    partial = [position for position, phase in enumerate(phases, 1) if phase.train != "all"]
+    before = sum(int(phase.epochs) for phase in phases[: partial[-1]]) if partial else 0
+    return before / sum(int(phase.epochs) for phase in phases)
 
 
 def loss_fault(task: str, loss: Any) -> str | None:
