@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from moss_rlhf import measuring
+from moss_rlhf.artifacts import Artifact, torch_artifact
 from moss_rlhf.evaluation import ClassAnswers, changed
-from moss_rlhf.measuring import Artifact, Measuring, torch_artifact
+from moss_rlhf.measuring import Measuring
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import EvaluateSpec
 from moss_rlhf.tasks import TASKS

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moss_rlhf.artifacts import Artifact
 from moss_rlhf.evaluation import (
     Answers,
     ClassAnswers,
@@ -23,29 +23,22 @@ from moss_rlhf.evaluation import (
     WrittenAnswers,
     answer,
     calibration_of,
-    changed,
-    confusion_of,
     gain_of,
     measure_speed,
     metrics_of,
-    moved,
     peak_memory,
-    rewritten,
     sizes_of,
     speed_batches,
     temperature_of,
     translate,
 )
+from moss_rlhf.examples import changed_examples, confusions, moved_examples, rewritten_examples
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.device import on_accelerator
-from moss_rlhf.model.locate import weight_bytes
 from moss_rlhf.model.runtime import (
     Batch,
-    OnnxRuntime,
-    Runtime,
     TorchRuntime,
     TranslatorRuntime,
-    open_ctranslate2,
     usable_cores,
 )
 from moss_rlhf.model.temperature import Temperature, write_temperature
@@ -55,9 +48,7 @@ from moss_rlhf.tasks import TASKS, TextClassification, Translation
 from moss_rlhf.tasks.calibration import reliability
 from moss_rlhf.tasks.overlap import has_sacrebleu
 
-_CHANGED_SHOWN = 20
 _SPEED_POOL = 2000
-_LARGEST_LOSS = 700.0  # exp of more is no float64
 PROTOCOL = (
     "Before and after answer the same rows; 'before' is the uncompressed fine-tuned model in PyTorch float32.",
     "Intervals are percentile bootstraps over rows; the difference is paired, row by row, and its p-value is McNemar's "
@@ -75,47 +66,6 @@ PROTOCOL = (
     "included.",
     "Bytes count weight files only. MACs are multiply-accumulates a token at the mean length of the evaluation texts.",
 )
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """Something that can be shipped: where it is, its model (for sizes), and the runtime that serves it.
-
-    rows   what it is measured on, where its tokenizer writes the same texts in other tokens.
-    """
-
-    path: Path
-    model: Model
-    runtime: Runtime
-    rows: Any = None
-
-    @property
-    def bytes(self) -> int:
-        return self.path.stat().st_size if self.path.is_file() else weight_bytes(self.path)
-
-
-def torch_artifact(path: Path, model: Model, rows: Any = None) -> Artifact:
-    return Artifact(path, model, TorchRuntime(model.network), rows)
-
-
-def onnx_artifact(path: Path, model: Model, kind: str) -> Artifact:
-    runtime = OnnxRuntime(path)
-    runtime.name = f"ONNX Runtime {kind}"
-    return Artifact(path, model, runtime)
-
-
-def ctranslate2_artifact(path: Path, model: Model, kind: str) -> Artifact:
-    """Of a directory's model.bin."""
-    runtime = open_ctranslate2(path.parent, model.network.config.vocab_size)
-    runtime.name = f"CTranslate2 {kind}"
-    return Artifact(path, model, runtime)
-
-
-ARTIFACTS: Mapping[str, Callable[[Path, Model, str], Artifact]] = {
-    "onnx": onnx_artifact,
-    "ctranslate2": ctranslate2_artifact,
-}
-"""Of a runtime's file, the model that it was made of, and its number format."""
 
 
 @dataclass(frozen=True)
@@ -201,15 +151,9 @@ class Measuring:
         return np.sort(np.random.default_rng(self.seed).permutation(rows)[: self.spec.translate])
 
     def _rewritten(self, written: Mapping[str, WrittenAnswers], texts: Any) -> list[dict[str, str]]:
-        """Sources, their targets and both translations where they differ the most."""
         if len(written) < 2:
             return []
-        before, after, chosen = written["before"], written["after"], self._translated(len(texts))
-        return [
-            {name: texts[int(chosen[row])][name] for name in ("source", "target")}
-            | {"before": before.texts[row], "after": after.texts[row]}
-            for row in rewritten(before, after, _CHANGED_SHOWN)
-        ]
+        return rewritten_examples(written["before"], written["after"], texts.select(self._translated(len(texts))))
 
     def _unwritten(self, after: Artifact) -> list[str]:
         if after.model.task != Translation.name or not self.spec.translate or has_sacrebleu():
@@ -256,9 +200,9 @@ class Measuring:
         before, after, model = answers.get("before"), answers["after"], artifact.model
         if isinstance(after, ClassAnswers):
             first = before if isinstance(before, ClassAnswers) else None
-            return _confusions(first, after, model.labels) | _changed_examples(first, after, model.labels, texts)
+            return confusions(first, after, model.labels) | changed_examples(first, after, model.labels, texts)
         if isinstance(before, TokenAnswers) and isinstance(after, TokenAnswers) and comparable(before, after):
-            return {"moved": _moved_examples(before, after, self.rows_of(artifact), model.tokenizer)}
+            return {"moved": moved_examples(before, after, self.rows_of(artifact), model.tokenizer)}
         return {"moved": []}
 
     def _speed(self, artifacts: Mapping[str, Artifact]) -> tuple[dict[str, Speed], dict[str, int | None]]:
@@ -312,45 +256,6 @@ def _notes(answers: Mapping[str, Answers], after: Artifact) -> list[str]:
         found.append(
             "The trimmed vocabulary spells some of the texts measured on in other tokens, so that perplexities a token "
             "of before and after can't be compared."
-        )
-    return found
-
-
-def _confusions(before: ClassAnswers | None, after: ClassAnswers, labels: Sequence[str]) -> dict[str, Any]:
-    first = confusion_of(before) if before else None
-    return {"confusion": {"labels": list(labels), "before": first, "after": confusion_of(after)}}
-
-
-def _changed_examples(
-    before: ClassAnswers | None, after: ClassAnswers, labels: Sequence[str], texts: Any
-) -> dict[str, Any]:
-    """The texts whose answer changed, with the names of their label and of both answers."""
-    if before is None:
-        return {"changed": [], "changed_total": 0}
-    rows, total = changed(before, after, _CHANGED_SHOWN)
-    return {
-        "changed": [
-            {
-                "text": texts[row]["text"],
-                "label": labels[after.labels[row]],
-                "before": labels[before.ids[row]],
-                "after": labels[after.ids[row]],
-            }
-            for row in rows
-        ],
-        "changed_total": total,
-    }
-
-
-def _moved_examples(before: TokenAnswers, after: TokenAnswers, rows: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """The rows whose perplexity moved the most. Rows are pieces of documents, so they are decoded, not looked up."""
-    found = []
-    for row in moved(before, after, _CHANGED_SHOWN):
-        tokens = rows[row].get("labels") or rows[row]["input_ids"]  # of a pair, what was to be foretold
-        perplexities = {"before": before.losses[row], "after": after.losses[row]}
-        found.append(
-            {"text": tokenizer.decode(tokens, skip_special_tokens=True)}
-            | {side: math.exp(min(float(loss), _LARGEST_LOSS)) for side, loss in perplexities.items()}
         )
     return found
 

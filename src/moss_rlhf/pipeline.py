@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moss_rlhf.artifacts import torch_artifact
 from moss_rlhf.checking import check_candidates, settled
 from moss_rlhf.evaluation import PeakMemory, describe_machine, versions
 from moss_rlhf.files import copy_directory, read_json, write_json, write_text
-from moss_rlhf.measuring import PROTOCOL, Measuring, same_threads, torch_artifact
+from moss_rlhf.measuring import PROTOCOL, Measuring, same_threads
 from moss_rlhf.model.checkpoint import save_checkpoint
 from moss_rlhf.preparing import Session, prepare
 from moss_rlhf.progress import Progress, quiet_libraries

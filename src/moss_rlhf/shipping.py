@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from moss_rlhf.artifacts import ARTIFACTS, Artifact, torch_artifact
 from moss_rlhf.exporting import FILES, export_compressed_tensors, export_ctranslate2, export_onnx
-from moss_rlhf.measuring import ARTIFACTS, Artifact, torch_artifact
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.preparing import Session
 
