@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import moss_rlhf
-from moss_rlhf.errors import DataError, ModelError
+from moss_rlhf.errors import DataError, ModelError, UserError
 from moss_rlhf.model.anatomy import FAMILIES
 from moss_rlhf.model.surgery import keep_feed_forward, keep_heads
 from moss_rlhf.optimization.calibration import calibration_rows, labelled_batches
@@ -222,10 +222,13 @@ def test_too_few_tokens_and_a_singular_hessian_are_made_up_for_and_told(tiny_mod
 
 
 BAD = {
-    "smooth above 1": ({"smooth": 1.5}, "smooth must be in"),
+    "smooth above 1": ({"smooth": 1.5}, r"quantize\.smooth: 1\.5 can't be used; it must be less than or equal to 1"),
     "smooth with int4": ({"smooth": 0.5, "scheme": "int4"}, "with int4 they stay in float"),
     "smooth with awq": ({"smooth": 0.5, "method": "awq"}, "Give one of them"),
-    "an unknown method": ({"method": "hqq"}, "method must be nearest, gptq, awq"),
+    "an unknown method": (
+        {"method": "hqq"},
+        r"quantize\.method: 'hqq' can't be used; it must be 'nearest', 'gptq' or 'awq'",
+    ),
     "awq with activation_order": ({"method": "awq", "activation_order": True}, "are for method gptq, not awq"),
 }
 
@@ -234,7 +237,7 @@ BAD = {
 def test_options_that_do_not_go_together(options, message, tiny_model, rows_of):
     model = tiny_model("llama")
     before = [parameter.clone() for parameter in model.network.parameters()]
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(UserError, match=message):
         moss_rlhf.quantize(model, rows_of(model.task), **options)
     assert all(torch.equal(new, old) for new, old in zip(model.network.parameters(), before, strict=True))
 
