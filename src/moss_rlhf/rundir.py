@@ -29,6 +29,7 @@ _WRITTEN = (
     "report.json",
     "report.html",
     "findings.csv",
+    "collected.csv",
     "log.jsonl",
 )
 
@@ -77,6 +78,11 @@ class RunDirectory:
     def findings(self) -> Path:
         """What cleaning the data found."""
         return self.path / "findings.csv"
+
+    @property
+    def collected(self) -> Path:
+        """The rows that data.collect chose."""
+        return self.path / "collected.csv"
 
     @property
     def data(self) -> Path:

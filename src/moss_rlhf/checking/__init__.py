@@ -6,6 +6,7 @@ from moss_rlhf.checking.rows import (
     check_folds,
     check_labels,
     check_rows,
+    example_texts,
     operation_names,
     trains_on_copies,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "check_output",
     "check_rows",
     "check_stages",
+    "example_texts",
     "operation_names",
     "settled",
     "source_of",

@@ -15,6 +15,7 @@ from moss_rlhf.checking.rows import (
     check_labels,
     check_rows,
     left_for_later,
+    rows_collected,
     token_lengths,
 )
 from moss_rlhf.checking.source import source_of
@@ -67,9 +68,8 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     tokens = {split: length_facts(values, longest, task.cuts) for split, values in lengths.items()}
     state = initial_state(place, config, recipe.task, len(data.labels))
     pieces = {split: row_lengths(values, longest, task.cuts) for split, values in lengths.items()}
-    rows = {
-        split: round(facts["rows"] * len(pieces[split]) / len(lengths[split])) for split, facts in data.facts.items()
-    }
+    texts = rows_collected(recipe.data, {split: facts["rows"] for split, facts in data.facts.items()})
+    rows = {split: round(count * len(pieces[split]) / len(lengths[split])) for split, count in texts.items()}
     stages = tuple(foretell(recipe, state, config, rows, pieces["train"].tolist(), longest))
     mean = float(np.mean(pieces["train"]))
     notes = [

@@ -64,6 +64,11 @@ class Splits:
     digest: str
     origins: dict[str, Origin] = field(default_factory=dict)
 
+    def line(self, split: str, row: int) -> int:
+        """The line in its file of a split's row; its number, from 1, where no origin is known."""
+        origin = self.origins.get(split)
+        return int(origin.lines[row]) if origin else row + 1
+
 
 @dataclass(frozen=True)
 class DataCheck:

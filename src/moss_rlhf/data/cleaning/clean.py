@@ -187,18 +187,13 @@ def _finding(check: str, action: str, hit: Hit, parts: Mapping[str, Part], part:
     row = int(part.left[hit.row])
     label = part.labels[row] if part.labels else ""
     partner = _place(splits, hit.partner[0], int(parts[hit.partner[0]].left[hit.partner[1]])) if hit.partner else ""
-    line = _line(splits, part.name, row)
+    line = splits.line(part.name, row)
     return Finding(part.name, check, action, line, label, hit.reason, partner, shorten(part.texts[row]))
-
-
-def _line(splits: Splits, split: str, row: int) -> int:
-    origin = splits.origins.get(split)
-    return int(origin.lines[row]) if origin else row + 1
 
 
 def _place(splits: Splits, split: str, row: int) -> str:
     unit = splits.origins[split].unit if split in splits.origins else "row"
-    return f"{split} {unit} {_line(splits, split, row)}"
+    return f"{split} {unit} {splits.line(split, row)}"
 
 
 # --- what is left --------------------------------------------------------------------------------------------------
