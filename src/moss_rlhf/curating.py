@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import CollectSpec, DataSpec
 from moss_rlhf.rundir import RunDirectory
 from moss_rlhf.tasks.collecting import NONE_FITS, Sought, choose_texts, language_model
+from moss_rlhf.tasks.embedding import open_embedder
 from moss_rlhf.tasks.language import check_language_model
 from moss_rlhf.tasks.metrics import accuracy
 from moss_rlhf.tasks.row_statistics import confusion_cells
@@ -98,14 +98,12 @@ def _collect(
 
 def _sought(asked: CollectSpec, examples: list[str] | None, open_model: Callable[[], Model]) -> Sought:
     """What is looked for, with the models that it takes opened."""
-    from moss_rlhf.tasks.embedding import embed_texts
-
-    model = open_model() if examples is not None or asked.diversity > 0 else None
+    compares = examples is not None or asked.diversity > 0
     return Sought(
         count=asked.count,
         examples=examples,
         keywords=asked.keywords,
-        embed=None if model is None else partial(embed_texts, model),
+        embed=open_embedder(open_model()) if compares else None,
         language=None if asked.perplexity is None else language_model(asked.perplexity, "data.collect.perplexity"),
         max_perplexity=asked.max_perplexity,
         diversity=asked.diversity,

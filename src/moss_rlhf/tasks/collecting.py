@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,14 +21,13 @@ from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import CollectSpec
 from moss_rlhf.recipe.collect import collect_fault
 from moss_rlhf.recipe.options import follows
+from moss_rlhf.tasks.embedding import Embed, open_embedder
 from moss_rlhf.tasks.language import check_language_model
 
 _AT_ONCE = 512
 _POOL = 5  # candidates kept for each text wanted, to choose diverse ones from
 _PERPLEXITY_TOKENS = 256
 NONE_FITS = "no text fits. Give other keywords, or a larger max_perplexity."
-Embed = Callable[[Sequence[str]], NDArray[np.float32]]
-"""Texts → (texts, size) vectors of length 1."""
 
 
 @follows(CollectSpec, "collect")
@@ -70,7 +69,7 @@ def collect(
         count,
         examples,
         keywords,
-        _embedder(model) if model is not None and (like is not None or diversity > 0) else None,
+        open_embedder(model) if model is not None and (like is not None or diversity > 0) else None,
         language_model(perplexity, "collect.perplexity") if perplexity is not None else None,
         max_perplexity,
         diversity,
@@ -169,25 +168,6 @@ class _Scorer:
             scores.append(len(words) / self._words)
             reasons.append(f"holds {', '.join(words)}")
         return scores[0], "; ".join(reasons)
-
-
-def _embedder(model: str | Model) -> Embed:
-    """A model whose body embeds; its head, trained or not, plays no part."""
-    from moss_rlhf.tasks.embedding import embed_texts
-
-    opened = model if isinstance(model, Model) else _body(model)
-    return lambda texts: embed_texts(opened, texts)
-
-
-def _body(model: str) -> Model:
-    from moss_rlhf.model.checkpoint import load_pretrained
-    from moss_rlhf.model.config import read_config, trained_labels
-    from moss_rlhf.model.locate import locate
-    from moss_rlhf.tasks import TASKS
-
-    task, place = TASKS["text-classification"], locate(model)
-    labels = trained_labels(read_config(place)) or ("0", "1")
-    return load_pretrained(place, task.name, task.auto_class(), labels)
 
 
 def language_model(model: str | Model, field: str) -> Model:
