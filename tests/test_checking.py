@@ -412,6 +412,16 @@ def test_stages_are_foretold_for_the_texts_collected(data, tiny_checkpoint, tmp_
     assert sum(stage.seconds for stage in found.stages) < sum(stage.seconds for stage in whole.stages)
 
 
+def test_more_folds_of_cleaning_than_rows_of_a_class(data, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("moss_rlhf.data.cleaning.clean.find_spec", lambda name: name)
+    values = _recipe(tiny_checkpoint(), data, tmp_path / "run").model_dump(mode="json")
+    values["data"] |= {"clean": {"label_errors": "drop", "label_method": "confident", "folds": 12}, "limit": 20}
+    with pytest.raises(DataError, match=r"^data\.clean\.folds: 12, but train has only \d+ of the class"):
+        check(make_recipe(values))
+    values["data"]["clean"]["label_method"] = "neighbours"
+    check(make_recipe(values))
+
+
 def test_what_data_asks_for_is_checked_before_work(data, tiny_checkpoint, tmp_path, monkeypatch):
     values = _recipe(tiny_checkpoint(), data, tmp_path / "run").model_dump(mode="json")
     values["data"] |= {"clean": {"language": "drop", "empty": "drop"}, "balance": "undersample"}

@@ -3,6 +3,7 @@
 from moss_rlhf.checking.forecasts import Forecast
 from moss_rlhf.checking.rows import (
     check_augmentation,
+    check_clean_folds,
     check_folds,
     check_labels,
     check_rows,
@@ -20,6 +21,7 @@ __all__ = [
     "check",
     "check_augmentation",
     "check_candidates",
+    "check_clean_folds",
     "check_folds",
     "check_labels",
     "check_output",

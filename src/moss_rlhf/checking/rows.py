@@ -9,7 +9,7 @@ from typing import Any
 from moss_rlhf.checking.fields import field_of, training_of
 from moss_rlhf.checking.source import named
 from moss_rlhf.data import Column
-from moss_rlhf.data.cleaning import check_packages
+from moss_rlhf.data.cleaning import check_packages, refuse_rare_classes
 from moss_rlhf.data.collecting import read_examples
 from moss_rlhf.data.columns import text_names
 from moss_rlhf.errors import DataError, ModelError, RecipeError, nearest
@@ -173,6 +173,12 @@ def _check_weights(weights: Mapping[str, float], labels: Sequence[str], field: s
     for label in weights:
         if label not in labels:
             raise RecipeError(f"{field}: the data has no label {label!r}; {nearest(label, labels)}")
+
+
+def check_clean_folds(recipe: Recipe, classes: Mapping[str, int]) -> None:
+    """Every class of train has a row for each fold of confident learning; of a corpus, the choice will tell."""
+    if recipe.data.collect is None:
+        refuse_rare_classes(recipe.data.clean, classes)
 
 
 def check_folds(recipe: Recipe, classes: Mapping[str, int]) -> None:

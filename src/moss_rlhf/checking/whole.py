@@ -11,6 +11,7 @@ from moss_rlhf.checking.forecasts import Forecast, cache_notes, foretell
 from moss_rlhf.checking.network import initial_state
 from moss_rlhf.checking.rows import (
     check_augmentation,
+    check_clean_folds,
     check_folds,
     check_labels,
     check_rows,
@@ -60,6 +61,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     )
     check_labels(recipe, config, data.labels)
     check_augmentation(recipe, [text for row in data.samples["train"] for text in row])
+    check_clean_folds(recipe, data.facts["train"].get("classes", {}))
     check_folds(recipe, data.facts["train"].get("classes", {}))
     lengths = {split: token_lengths(place, texts) for split, texts in data.samples.items()}
     limit = position_limit(config, float("inf"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from moss_rlhf.data.cleaning.duplicates import conflicting_rows, duplicate_rows
 from moss_rlhf.data.cleaning.finding import Finding, Hit, dropped_rows, finding_facts, shorten
-from moss_rlhf.data.cleaning.label_errors import suspicious_labels
+from moss_rlhf.data.cleaning.label_errors import fold_fault, suspicious_labels
 from moss_rlhf.data.cleaning.markup import mend_markup
 from moss_rlhf.data.cleaning.minhash import leaking_rows, near_duplicates
 from moss_rlhf.data.cleaning.texts import (
@@ -100,6 +101,14 @@ def check_packages(spec: CleanSpec | None, field: str = "data.clean") -> None:
             )
 
 
+def refuse_rare_classes(spec: CleanSpec | None, classes: Mapping[str, int], field: str = "data.clean") -> None:
+    """DataError where confident learning is asked for and a class of train has fewer rows than folds."""
+    if spec is None or spec.label_errors == "off" or spec.label_method != "confident":
+        return
+    if fault := fold_fault(classes, spec.folds):
+        raise DataError(f"{field}.{fault}")
+
+
 def clean_splits(
     splits: Splits, columns: Sequence[Column], spec: CleanSpec, *, seed: int, embed: Embed, progress: Progress
 ) -> Cleaned:
@@ -140,6 +149,8 @@ def clean_parts(
         raise RecipeError(f"{field}.{unlabelled[0]}: compares labels, and these rows have none. Leave it out.")
     findings: list[Finding] = []
     for check, action in progress.track(spec.checks.items(), "cleaning", len(spec.checks)):
+        if check == "label_errors":
+            refuse_rare_classes(spec, Counter(parts["train"].left_labels), field)
         find = _finder(check, spec, parts, seed, embed)
         for name in ("test", "validation", "train"):  # so that a leak's partner is one that stays
             if name in parts and not (check in _ONLY_TRAIN and name != "train"):
