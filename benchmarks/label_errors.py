@@ -111,7 +111,7 @@ def _finding(vectors: np.ndarray, data: dict) -> tuple[list, np.ndarray]:
     contradicted = probabilities.argmax(axis=1) != given
     return [
         ("labels that are wrong", f"{wrong.mean():.1%} of {len(wrong):,}", ""),
-        _found("cleanlab, `find_label_issues`", confident_errors(probabilities, given, 5), wrong),
+        _found("cleanlab, `find_label_issues`", confident_errors(probabilities, given), wrong),
         _found("rows whose answer is not their label, same probabilities", contradicted, wrong),
         ("cleanlab's ranking (self-confidence), cut at recall 0.6", f"precision {ranked:.3f}", ""),
         _found("**neighbours, as `label_errors` does**", errors, wrong, "0.5 at 0.6"),

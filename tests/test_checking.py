@@ -463,6 +463,53 @@ def test_what_an_ensemble_can_not_be(spec, error, message, tiny_checkpoint, data
         check(_recipe(tiny_checkpoint("bert"), data, tmp_path / "run", [{"ensemble": spec}]))
 
 
+@pytest.mark.parametrize(
+    ("collect", "error", "message"),
+    [
+        ({"like": "nowhere.csv"}, DataError, r"^data\.collect\.like: there is no file nowhere\.csv"),
+        ({"like": "columns.csv"}, DataError, r"columns\.csv: there is no column 'text'"),
+        ({"perplexity": "bert"}, ModelError, r"^data\.collect\.perplexity: .* is a bert for other tasks"),
+    ],
+)
+def test_what_can_not_be_collected_by(collect, error, message, data, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "columns.csv").write_text("body,label\na,b\n", "utf-8")
+    values = _recipe(tiny_checkpoint(), data, tmp_path / "run").model_dump(mode="json")
+    given = {name: str(tiny_checkpoint(value)) if value == "bert" else value for name, value in collect.items()}
+    values["data"]["collect"] = {"count": 5, **given}
+    with pytest.raises(error, match=message):
+        check(make_recipe(values))
+
+
+def test_a_search_on_fewer_rows_can_not_collect(data, tiny_checkpoint, tmp_path):
+    pytest.importorskip("optuna")
+    values = _recipe(tiny_checkpoint(), data, tmp_path / "run").model_dump(mode="json")
+    values["data"]["collect"] = {"count": 20, "keywords": ["good"]}
+    values["search"] = {"space": {"stages.0.finetune.epochs": [1, 2]}, "trials": 2, "rows": 10}
+    with pytest.raises(RecipeError, match=r"^search\.rows: 10, but data\.collect chooses .*\.count the smaller"):
+        check(make_recipe(values))
+
+
+def test_stages_are_foretold_for_the_texts_collected(data, tiny_checkpoint, tmp_path):
+    values = _recipe(tiny_checkpoint(), data, tmp_path / "run").model_dump(mode="json")
+    whole = check(make_recipe(values))
+    values["data"]["collect"] = {"count": 5, "keywords": ["good"]}
+    found = check(make_recipe(values))
+    assert "data.collect has not been done yet: rows are those before it, times those of 5 rows." in found.notes
+    assert found.data.facts == whole.data.facts
+    assert sum(stage.seconds for stage in found.stages) < sum(stage.seconds for stage in whole.stages)
+
+
+def test_more_folds_of_cleaning_than_rows_of_a_class(data, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("moss_rlhf.data.cleaning.clean.find_spec", lambda name: name)
+    values = _recipe(tiny_checkpoint(), data, tmp_path / "run").model_dump(mode="json")
+    values["data"] |= {"clean": {"label_errors": "drop", "label_method": "confident", "folds": 12}, "limit": 20}
+    with pytest.raises(DataError, match=r"^data\.clean\.folds: 12, but train has only \d+ of the class"):
+        check(make_recipe(values))
+    values["data"]["clean"]["label_method"] = "neighbours"
+    check(make_recipe(values))
+
+
 def test_what_data_asks_for_is_checked_before_work(data, tiny_checkpoint, tmp_path, monkeypatch):
     values = _recipe(tiny_checkpoint(), data, tmp_path / "run").model_dump(mode="json")
     values["data"] |= {"clean": {"language": "drop", "empty": "drop"}, "balance": "undersample"}

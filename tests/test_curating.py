@@ -6,11 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from moss_rlhf.curating import TextVectors, cleaning_effect
+from moss_rlhf.curating import TextVectors, cleaning_effect, curate
 from moss_rlhf.data import Column, load_splits
 from moss_rlhf.data.cleaning import clean_splits
+from moss_rlhf.errors import DataError
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import CleanSpec, DataSpec
+from moss_rlhf.rundir import RunDirectory
 
 pytest.importorskip("sklearn")
 COLUMNS = (Column("text", "text"), Column("label", "label"))
@@ -158,3 +160,103 @@ def test_the_effect_of_dropping_turned_labels_is_a_gain(tmp_path):
     assert effect["raw_accuracy"] == pytest.approx(2 / 3, abs=0.05)
     assert effect["cleaned_accuracy"] > 0.8
     assert effect["low"] > 0
+
+
+# --- collecting ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def curated(rows, tiny_model, tmp_path):
+    """`curated(model=None, **collect)` → (splits before, splits after, the run's directory)."""
+    path, place = tmp_path / "rows.jsonl", RunDirectory(tmp_path / "run")
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+
+    def build(open_model=tiny_model, clean=None, **collect):
+        spec = DataSpec(train=str(path), validation=0.2, collect=collect, clean=clean)
+        splits = load_splits(spec, COLUMNS, seed=0, cache=place.data, progress=QUIET)
+        after = curate(
+            splits, COLUMNS, spec, seed=0, place=place, source="s" * 64, open_model=open_model, progress=QUIET
+        )
+        return splits, after, place
+
+    return build
+
+
+def _every(splits):
+    return [*splits.train["text"], *splits.validation["text"]]
+
+
+def _no_model():
+    raise AssertionError("no text had to be embedded")
+
+
+def test_a_recipe_chooses_as_collect_does(curated, rows, tiny_model, tmp_path):
+    from moss_rlhf import collect
+
+    asked = {"count": 12, "like": [rows[0]["text"], rows[33]["text"]], "diversity": 0.4}
+    before, after, _ = curated(**asked)
+    file = tmp_path / "corpus.txt"
+    file.write_text("\n".join(_every(before)), "utf-8")
+    found = collect(file, model=tiny_model(), **asked)
+    assert sorted(row["text"] for row in found) == sorted(_every(after))
+    assert len(after.train) + len(after.validation) == 12
+
+
+def test_words_choose_without_a_model_and_cleaning_comes_after(curated):
+    before, after, place = curated(
+        _no_model, clean={"length": "flag"}, count=50, keywords=["hotel", "film"], diversity=0
+    )
+    assert sorted(_every(after)) == sorted(text for text in _every(before) if {"hotel", "film"} & set(text.split()))
+    with place.collected.open(encoding="utf-8", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(_every(after)) == 12
+    assert after.facts["train"]["collected"]["by"] == "keywords (hotel, film)"
+    assert "findings" in after.facts["train"]
+
+
+def test_a_choice_is_kept_and_another_is_made_for_other_words(curated, rows):
+    asked = {"count": 20, "like": [rows[0]["text"]]}
+    _, first, place = curated(**asked)
+    place.collected.unlink()
+    _, again, _ = curated(_no_model, **asked)
+    assert again.digest == first.digest
+    assert again.facts == first.facts
+    assert place.collected.exists()
+    _, other, _ = curated(**asked | {"count": 19})
+    assert other.digest != first.digest
+
+
+def test_perplexity_chooses(curated, tiny_checkpoint, tiny_model, rows):
+    from moss_rlhf.tasks.collecting import text_perplexities
+
+    values = text_perplexities(tiny_model("gpt2"), [row["text"] for row in rows])
+    least = [rows[place]["text"] for place in np.argsort(values)[:30]]
+    _, after, _ = curated(_no_model, count=30, perplexity=str(tiny_checkpoint("gpt2")), diversity=0)
+    assert sorted(_every(after)) == sorted(least)
+
+
+def test_a_choice_of_nothing_says_so(curated):
+    with pytest.raises(DataError, match=r"^data\.collect: no text fits\. Give other keywords"):
+        curated(_no_model, count=5, keywords=["zebra"], diversity=0)
+
+
+def test_a_run_collects_lists_and_goes_on(tiny_checkpoint, rows, tmp_path):
+    from moss_rlhf import run
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    recipe = {
+        "task": "text-classification",
+        "model": str(tiny_checkpoint("bert")),
+        "data": {"train": str(path), "validation": 0.3, "collect": {"count": 30, "like": [rows[0]["text"]]}},
+        "stages": [{"finetune": {"epochs": 1}}],
+        "evaluate": {"batch_sizes": [1], "resamples": 200, "speed_seconds": 0.1},
+        "output": str(tmp_path / "run"),
+    }
+    report = run(recipe)
+    facts = report["data"]
+    assert facts["train"]["rows"] + facts["validation"]["rows"] == 30
+    assert facts["train"]["collected"]["of"] + facts["validation"]["collected"]["of"] == 60
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "What was collected" in page
+    assert "Chosen by likeness to the examples; diversity." in page
+    assert run(recipe) == report

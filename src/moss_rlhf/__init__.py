@@ -5,6 +5,7 @@ load(path)           a checkpoint → Model with .network, .tokenizer, .task; lo
 save(model, path)    a checkpoint that stands alone
 Recipe               the recipe's type
 from_scratch(config, texts)   a model whose tokenizer is learned and whose weights are drawn, to be pretrained
+clean(rows, …)       rows without those that are not worth training on, and what was found
 collect(corpus, …)   a task's texts out of a large corpus, as a list or a jsonl file
 prune, narrow, shorten, trim_vocabulary, quantize, sensitivity, pretrain, finetune, ensemble,
 fit_temperature, evaluate, export
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
     from moss_rlhf.optimization import narrow, prune, quantize, sensitivity, shorten, trim_vocabulary
     from moss_rlhf.pipeline import run
     from moss_rlhf.recipe import Recipe
+    from moss_rlhf.tasks.cleaning import clean
     from moss_rlhf.tasks.collecting import collect
     from moss_rlhf.tasks.loading import load
 
 _HOMES = {
     "Model": ("moss_rlhf.model.checkpoint", "Model"),
     "Recipe": ("moss_rlhf.recipe", "Recipe"),
+    "clean": ("moss_rlhf.tasks.cleaning", "clean"),
     "collect": ("moss_rlhf.tasks.collecting", "collect"),
     "ensemble": ("moss_rlhf.finetuning", "ensemble"),
     "evaluate": ("moss_rlhf.evaluation", "evaluate"),
@@ -61,6 +64,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Model",
     "Recipe",
+    "clean",
     "collect",
     "ensemble",
     "evaluate",

@@ -1,4 +1,4 @@
-"""Splits → the rows that a run trains on: cleaned and balanced, as the recipe's `data` asks."""
+"""Splits → the rows that a run trains on: collected, cleaned and balanced, as the recipe's `data` asks."""
 
 from __future__ import annotations
 
@@ -10,21 +10,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moss_rlhf.checking import example_texts
 from moss_rlhf.data import Column, Splits
 from moss_rlhf.data.balance import balance_train
+from moss_rlhf.data.chosen import Chosen, corpus_rows, keep_chosen, rows_of_texts, write_collected
 from moss_rlhf.data.cleaning import Cleaned, Embed, clean_splits, write_findings
 from moss_rlhf.data.cleaning.probe import probe_answers
 from moss_rlhf.data.scanning import text_digest
+from moss_rlhf.errors import DataError
 from moss_rlhf.evaluation.statistics import paired_difference
-from moss_rlhf.files import new_file
+from moss_rlhf.files import digest, file_digest, new_file, read_json, write_json
 from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.locate import weight_files
 from moss_rlhf.progress import Progress
-from moss_rlhf.recipe import DataSpec
+from moss_rlhf.recipe import CollectSpec, DataSpec
 from moss_rlhf.rundir import RunDirectory
+from moss_rlhf.tasks.collecting import NONE_FITS, Sought, choose_texts, language_model
+from moss_rlhf.tasks.embedding import open_embedder
+from moss_rlhf.tasks.language import check_language_model
 from moss_rlhf.tasks.metrics import accuracy
 from moss_rlhf.tasks.row_statistics import confusion_cells
 
 _CONFIDENCE, _RESAMPLES = 0.95, 2000
+_FORM = 1  # of the choices kept; a higher number makes older ones be made anew
 
 
 def curate(
@@ -38,12 +46,17 @@ def curate(
     open_model: Callable[[], Model],
     progress: Progress,
 ) -> Splits:
-    """Clean, then balance; what cleaning found is listed in the run's findings.csv.
+    """Collect, clean, then balance; collected.csv lists what was chosen, findings.csv what cleaning found.
+
+    Collecting comes first: what is usual in length, language and labels is the task's usual, not the corpus's.
 
     source       names the model's files, for what is kept of it.
     open_model   the recipe's own model, opened only where texts must be embedded.
     """
     place.findings.unlink(missing_ok=True)
+    place.collected.unlink(missing_ok=True)
+    if spec.collect is not None:
+        splits = _collect(splits, columns, spec, seed, place, source, open_model, progress)
     if spec.clean is not None and (spec.clean.checks or spec.clean.ablate):
         embed = TextVectors(place.data / f"vectors-{source[:16]}.npz", open_model, progress)
         cleaned = clean_splits(splits, columns, spec.clean, seed=seed, embed=embed, progress=progress)
@@ -52,6 +65,68 @@ def curate(
         if spec.clean.ablate:
             splits = _with_effect(splits, cleaning_effect(before, cleaned, columns, embed, seed))
     return splits if spec.balance == "none" else balance_train(splits, columns, spec.balance, seed)
+
+
+def _collect(
+    splits: Splits,
+    columns: Sequence[Column],
+    spec: DataSpec,
+    seed: int,
+    place: RunDirectory,
+    source: str,
+    open_model: Callable[[], Model],
+    progress: Progress,
+) -> Splits:
+    """Only the texts that fit stay, in train and in a share held out of it; a choice once made is kept in a file."""
+    asked = spec.collect
+    assert asked is not None  # noqa: S101  # asked for only where it is
+    examples = example_texts(spec, columns)
+    name = digest([_FORM, splits.digest, asked.model_dump(mode="json"), examples, source, *_reader(asked), seed])
+    kept = place.data / f"collected-{name[:16]}.json"
+    if not kept.exists():
+        sought = _sought(asked, examples, open_model)
+        texts = choose_texts(corpus_rows(splits, columns, spec.corpus), sought, seed, progress)
+        found = rows_of_texts(texts, corpus_rows(splits, columns, spec.corpus))
+        write_json(kept, [dataclasses.astuple(entry) for entry in found])
+    chosen = [Chosen(*entry) for entry in read_json(kept)]
+    if not chosen:
+        raise DataError(f"data.collect: {NONE_FITS}")
+    collected, listed = keep_chosen(splits, columns, spec.corpus, chosen, _by(asked))
+    write_collected(listed, place.collected)
+    return collected
+
+
+def _sought(asked: CollectSpec, examples: list[str] | None, open_model: Callable[[], Model]) -> Sought:
+    """What is looked for, with the models that it takes opened."""
+    compares = examples is not None or asked.diversity > 0
+    return Sought(
+        count=asked.count,
+        examples=examples,
+        keywords=asked.keywords,
+        embed=open_embedder(open_model()) if compares else None,
+        language=None if asked.perplexity is None else language_model(asked.perplexity, "data.collect.perplexity"),
+        max_perplexity=asked.max_perplexity,
+        diversity=asked.diversity,
+    )
+
+
+def _reader(asked: CollectSpec) -> list[str]:
+    """Names the files of the model that perplexity is of."""
+    if asked.perplexity is None:
+        return []
+    place = check_language_model(asked.perplexity, "data.collect.perplexity")
+    return [file_digest(file) for file in [*weight_files(place), *sorted(place.glob("*.json"))]]
+
+
+def _by(asked: CollectSpec) -> str:
+    """What ranks, then what filters, in words."""
+    ways = {
+        "likeness to the examples": asked.like is not None,
+        "perplexity": asked.perplexity is not None,
+        f"keywords ({', '.join(asked.keywords)})": bool(asked.keywords),
+        "diversity": asked.diversity > 0,
+    }
+    return "; ".join(way for way, holds in ways.items() if holds)
 
 
 def cleaning_effect(

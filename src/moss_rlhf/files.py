@@ -69,6 +69,15 @@ def copy_directory(source: Path, place: Path) -> None:
         shutil.copytree(source, partial, dirs_exist_ok=True)
 
 
+CURVES = "tensorboard"  # the tracker that writes files, and the folder they stand in
+
+
+def keep_curves(work: Path, place: Path) -> None:
+    """Copy what trackers wrote out of a workspace that goes: `work/part/tensorboard` → `place/tensorboard/part`."""
+    for found in sorted(work.rglob(CURVES)):
+        shutil.copytree(found, place / CURVES / found.relative_to(work).parent, dirs_exist_ok=True)
+
+
 def write_text(place: Path, text: str) -> None:
     with new_file(place) as partial:
         partial.write_text(text, encoding="utf-8")

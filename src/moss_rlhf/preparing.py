@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from moss_rlhf.augmenting import Augmentation, augment
 from moss_rlhf.checking import (
     check_budgets,
+    check_clean_folds,
     check_folds,
     check_labels,
     check_output,
@@ -319,6 +320,7 @@ def prepare(recipe: Recipe, place: RunDirectory, progress: Progress, threads: in
     )
     config = read_config(source)
     check_labels(recipe, config, splits.labels)
+    check_clean_folds(recipe, splits.facts["train"].get("classes", {}))
     splits = _curate(splits, task, source, recipe, place, progress)
     check_folds(recipe, splits.facts["train"].get("classes", {}))
     augmentation = augment(recipe, splits, place.data, progress)

@@ -1,6 +1,7 @@
 """The run directory: what is finished, what goes on, and that only one process writes it.
 
 stages/01-finetune-3f9a/   model/  facts.json  done (the whole fingerprint; written last)  work/ (only while it runs)
+                           tensorboard/ (where the recipe reports to it)
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_rlhf.errors import MachineError
-from moss_rlhf.files import read_json, write_json, write_text
+from moss_rlhf.files import keep_curves, read_json, write_json, write_text
 
 _LOCK = ".lock"  # the first file of a run; a directory that has it is ours
 _WRITTEN = (
@@ -29,6 +30,7 @@ _WRITTEN = (
     "report.json",
     "report.html",
     "findings.csv",
+    "collected.csv",
     "log.jsonl",
 )
 
@@ -59,7 +61,8 @@ class StageFolder:
         return facts
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Keep the facts and mark the stage as done; its model stands already."""
+        """Keep the curves and the facts and mark the stage as done; its model stands already."""
+        keep_curves(self.work, self.path)
         write_json(self.path / "facts.json", facts)
         write_text(self.path / "done", self.fingerprint + "\n")
         shutil.rmtree(self.work, ignore_errors=True)
@@ -77,6 +80,11 @@ class RunDirectory:
     def findings(self) -> Path:
         """What cleaning the data found."""
         return self.path / "findings.csv"
+
+    @property
+    def collected(self) -> Path:
+        """The rows that data.collect chose."""
+        return self.path / "collected.csv"
 
     @property
     def data(self) -> Path:

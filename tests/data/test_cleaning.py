@@ -192,6 +192,15 @@ def test_a_missing_package_is_named_before_work(monkeypatch):
     check_packages(None)
 
 
+def test_folds_that_a_rare_class_can_not_fill_are_refused_before_texts_are_embedded(splits, monkeypatch):
+    monkeypatch.setattr("moss_rlhf.data.cleaning.clean.find_spec", lambda name: name)
+    few = {"label_errors": "flag", "label_method": "confident"}
+    with pytest.raises(DataError, match=r"^data\.clean\.folds: 5, but train has only 4 of the class 'a'.*folds: 4, or"):
+        _clean(splits(), **few)
+    with pytest.raises(DataError, match=r"^data\.clean\.folds: 4, but train has only 2 of the class 'a'"):
+        _clean(splits(), **few, folds=4, duplicates="drop", conflicts="drop")  # counted after what they drop
+
+
 CONFIDENT = pytest.param(
     "confident",
     marks=pytest.mark.skipif(importlib.util.find_spec("cleanlab") is None, reason="cleanlab is not installed"),

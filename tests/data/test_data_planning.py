@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from moss_rlhf.data import Column, check_data, load_splits
+from moss_rlhf.data.cleaning import clean_splits
 from moss_rlhf.data.labels import label_name, order_labels, shifted_codes
 from moss_rlhf.data.planning import hold_out, number_texts
 from moss_rlhf.errors import DataError
 from moss_rlhf.progress import Progress
-from moss_rlhf.recipe import DataSpec
+from moss_rlhf.recipe import CleanSpec, DataSpec
 
 COLUMNS = (Column("text", "text"), Column("label", "label"))
 QUIET = Progress(quiet=True)
@@ -77,6 +78,26 @@ def test_every_class_keeps_a_row_in_train_whatever_the_share_and_the_copies():
     left = ~np.isin(texts, texts[held])
     assert np.bincount(classes[held], minlength=3).tolist() == [2, 1, 0]
     assert np.unique(classes[left]).tolist() == [0, 1, 2]
+
+
+def test_a_text_of_two_classes_is_not_held_out():
+    classes = np.array([0, 1, 0, 0, 1, 1, 1])
+    texts = np.array([9, 9, 1, 2, 3, 4, 4])
+    for seed in range(10):
+        held = hold_out(classes, texts, 0.99, seed)
+        assert len(held) == 2  # of two texts of each class that no other class has
+        assert not {0, 1, 6} & set(held)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_cleaning_sees_every_row_of_a_conflict_whatever_is_held_out(seed, tmp_path):
+    rows = [(f"text {n}", n % 2) for n in range(8)] + [(f"text {n}", (n + 1) % 2) for n in range(3)]
+    splits = _load(tmp_path, seed, train=_write(tmp_path / "a.tsv", rows), validation=0.5)
+    assert "also in validation" not in splits.facts["train"]["dropped"]
+    spec = CleanSpec(conflicts="drop")
+    cleaned = clean_splits(splits, COLUMNS, spec, seed=seed, embed=lambda texts: None, progress=QUIET)
+    assert sorted(found.line for found in cleaned.findings) == [2, 3, 4, 10, 11, 12]
+    assert cleaned.splits.facts["train"]["dropped"] == {"conflicts": 6}
 
 
 def test_leaks_go_from_train_first_then_validation_never_from_test(tmp_path):

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from moss_rlhf.data.cleaning.label_errors import nearest_rows, neighbour_shares, suspicious_labels, unsupported
+from moss_rlhf.data.cleaning.label_errors import (
+    fold_fault,
+    nearest_rows,
+    neighbour_shares,
+    suspicious_labels,
+    unsupported,
+)
 from moss_rlhf.data.cleaning.probe import stratified_folds
 
 
@@ -54,10 +60,22 @@ def test_the_reason_names_the_other_label_and_equal_seeds_agree():
     assert hit.reason.startswith("other rows say 'up' (1.00), for 'down' speaks 0.0")
 
 
-def test_folds_deal_every_class_out_evenly_and_rare_ones_only_train():
-    labels = np.array([0] * 10 + [1] * 7 + [2] * 2)
+def test_folds_deal_every_class_out_evenly():
+    labels = np.array([0] * 10 + [1] * 7)
     folds = stratified_folds(labels, 3, seed=0)
     assert np.bincount(folds[:10]).tolist() == [4, 3, 3]
     assert np.bincount(folds[10:17]).tolist() == [3, 2, 2]
-    assert folds[17:].tolist() == [-1, -1]
     assert folds.tolist() != stratified_folds(labels, 3, seed=1).tolist()
+    with pytest.raises(ValueError, match="8 folds, but class 1 has 7 rows"):
+        stratified_folds(labels, 8, seed=0)
+
+
+def test_a_class_of_fewer_rows_than_folds_has_words():
+    assert fold_fault({"a": 5, "b": 90, "gone": 0}, 5) is None
+    assert fold_fault({"a": 4, "b": 3}, 5) == (
+        "folds: 5, but train has only 3 of the class 'b', and each fold needs one. "
+        "Give folds: 3, or label_method: neighbours."
+    )
+    assert fold_fault({"a": 1}, 2) == (
+        "folds: 2, but train has only 1 of the class 'a', and each fold needs one. Give label_method: neighbours."
+    )

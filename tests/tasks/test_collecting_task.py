@@ -95,7 +95,10 @@ def test_perplexity_ranks_and_filters_as_the_network_says(tiny_model, corpus, ro
         ({"like": ["a"], "diversity": 0}, "model: is needed"),
         ({"keywords": ["a"], "diversity": 0, "max_perplexity": 9.0}, "needs perplexity"),
         ({"like": ["a"], "model": "m", "perplexity": "p"}, "max_perplexity: is needed"),
-        ({"perplexity": "p", "max_perplexity": 1.0, "diversity": 0}, "must be above 1"),
+        (
+            {"perplexity": "p", "max_perplexity": 1.0, "diversity": 0},
+            r"1\.0 can't be used; it must be greater than 1",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, message, corpus):

@@ -3,9 +3,11 @@
 from moss_rlhf.checking.forecasts import Forecast
 from moss_rlhf.checking.rows import (
     check_augmentation,
+    check_clean_folds,
     check_folds,
     check_labels,
     check_rows,
+    example_texts,
     operation_names,
     trains_on_copies,
 )
@@ -21,11 +23,13 @@ __all__ = [
     "check_augmentation",
     "check_budgets",
     "check_candidates",
+    "check_clean_folds",
     "check_folds",
     "check_labels",
     "check_output",
     "check_rows",
     "check_stages",
+    "example_texts",
     "operation_names",
     "settled",
     "source_of",

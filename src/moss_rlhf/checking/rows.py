@@ -8,13 +8,17 @@ from typing import Any
 
 from moss_rlhf.checking.fields import field_of, training_of
 from moss_rlhf.checking.source import named
-from moss_rlhf.data.cleaning import check_packages
+from moss_rlhf.data import Column
+from moss_rlhf.data.cleaning import check_packages, refuse_rare_classes
+from moss_rlhf.data.collecting import read_examples
+from moss_rlhf.data.columns import text_names
 from moss_rlhf.errors import DataError, ModelError, RecipeError, nearest
 from moss_rlhf.model.config import KEY, read_config, trained_labels
 from moss_rlhf.model.locate import locate
 from moss_rlhf.recipe import (
     RATES,
     AugmentSpec,
+    DataSpec,
     DistillSpec,
     EnsembleSpec,
     FinetuneSpec,
@@ -25,12 +29,16 @@ from moss_rlhf.recipe import (
 from moss_rlhf.strategy.augmentation import check_masked_model, check_operations, check_translator, language_of
 from moss_rlhf.strategy.augmentation.words import Language
 from moss_rlhf.tasks import TASKS, TextClassification
+from moss_rlhf.tasks.language import check_language_model
 from moss_rlhf.tasks.overlap import has_sacrebleu
 
 
 def check_rows(recipe: Recipe) -> None:
     """Whether what `data` asks of the rows can be done: for this task, with these packages."""
     check_packages(recipe.data.clean)
+    example_texts(recipe.data, TASKS[recipe.task].columns)
+    if recipe.data.collect and recipe.data.collect.perplexity:
+        check_language_model(recipe.data.collect.perplexity, "data.collect.perplexity")
     if recipe.data.truncation != "head" and not isinstance(TASKS[recipe.task], TextClassification):
         raise RecipeError(
             f"data.truncation: {recipe.data.truncation} is for text classification; {recipe.task} reads texts from "
@@ -38,6 +46,19 @@ def check_rows(recipe: Recipe) -> None:
         )
     if not TASKS[recipe.task].has_classes and (field := _asks_for_labels(recipe)):
         raise RecipeError(f"{field}: wants labelled rows, and those of {recipe.task} have none. Leave it out.")
+
+
+def example_texts(spec: DataSpec, columns: Sequence[Column]) -> list[str] | None:
+    """The texts that data.collect looks for the like of; None where it has none.
+
+    raises   DataError where a file of them is missing, or has no column such as train's.
+    """
+    like = spec.collect.like if spec.collect else None
+    if not isinstance(like, str):
+        return like
+    given = (spec.columns.get(name, name) for name in text_names(columns))
+    keys = [key for names in given for key in (names if isinstance(names, list) else [names])]
+    return read_examples(like, [key if isinstance(key, str) else "text" for key in keys], "data.collect.like")
 
 
 def _asks_for_labels(recipe: Recipe) -> str | None:
@@ -54,7 +75,9 @@ def _asks_for_labels(recipe: Recipe) -> str | None:
 
 def left_for_later(recipe: Recipe) -> list[str]:
     """What moss run does to the rows before the first stage, and a check has not counted."""
+    count = recipe.data.collect.count if recipe.data.collect else 0
     found = {
+        f"data.collect has not been done yet: rows are those before it, times those of {count:,} rows.": count,
         "data.clean has not been done yet: rows are those before it.": recipe.data.clean and recipe.data.clean.checks,
         "trim_vocabulary: which words go is known once the texts are counted; parameters are those before it.": any(
             isinstance(stage_spec(stage), TrimVocabularySpec) for stage in recipe.stages
@@ -65,6 +88,15 @@ def left_for_later(recipe: Recipe) -> list[str]:
         ),
     }
     return [sentence for sentence, holds in found.items() if holds]
+
+
+def rows_collected(spec: DataSpec, rows: Mapping[str, int]) -> dict[str, int]:
+    """{split: rows}, of which data.collect leaves its count at most, of each of its splits the same share."""
+    every = sum(rows[split] for split in spec.corpus)
+    if spec.collect is None or every <= spec.collect.count:
+        return dict(rows)
+    share = spec.collect.count / every
+    return dict(rows) | {split: max(1, round(share * rows[split])) for split in spec.corpus}
 
 
 def check_labels(recipe: Recipe, config: dict[str, Any], labels: Sequence[str]) -> None:
@@ -141,6 +173,12 @@ def _check_weights(weights: Mapping[str, float], labels: Sequence[str], field: s
     for label in weights:
         if label not in labels:
             raise RecipeError(f"{field}: the data has no label {label!r}; {nearest(label, labels)}")
+
+
+def check_clean_folds(recipe: Recipe, classes: Mapping[str, int]) -> None:
+    """Every class of train has a row for each fold of confident learning; of a corpus, the choice will tell."""
+    if recipe.data.collect is None:
+        refuse_rare_classes(recipe.data.clean, classes)
 
 
 def check_folds(recipe: Recipe, classes: Mapping[str, int]) -> None:

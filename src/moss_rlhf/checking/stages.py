@@ -109,6 +109,11 @@ def _check_search(recipe: Recipe) -> None:
             f"search.metric: {recipe.task} has no metric {recipe.search.metric!r}; "
             f"{nearest(recipe.search.metric, known)}"
         )
+    if recipe.search and recipe.search.rows and recipe.data.collect:
+        raise RecipeError(
+            f"search.rows: {recipe.search.rows}, but data.collect chooses its texts among all rows. Leave search.rows "
+            "out, or give data.collect.count the smaller number."
+        )
     if recipe.search and find_spec("optuna") is None:
         raise MachineError("search: optuna is not installed. Run: pip install 'moss-rlhf[search]'")
 

@@ -11,10 +11,12 @@ from moss_rlhf.checking.forecasts import Forecast, cache_notes, foretell
 from moss_rlhf.checking.network import initial_state
 from moss_rlhf.checking.rows import (
     check_augmentation,
+    check_clean_folds,
     check_folds,
     check_labels,
     check_rows,
     left_for_later,
+    rows_collected,
     token_lengths,
 )
 from moss_rlhf.checking.shapes import check_budgets
@@ -60,6 +62,7 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     )
     check_labels(recipe, config, data.labels)
     check_augmentation(recipe, [text for row in data.samples["train"] for text in row])
+    check_clean_folds(recipe, data.facts["train"].get("classes", {}))
     check_folds(recipe, data.facts["train"].get("classes", {}))
     lengths = {split: token_lengths(place, texts) for split, texts in data.samples.items()}
     limit = position_limit(config, float("inf"))
@@ -68,9 +71,8 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Check:
     tokens = {split: length_facts(values, longest, task.cuts) for split, values in lengths.items()}
     state = initial_state(place, config, recipe.task, len(data.labels))
     pieces = {split: row_lengths(values, longest, task.cuts) for split, values in lengths.items()}
-    rows = {
-        split: round(facts["rows"] * len(pieces[split]) / len(lengths[split])) for split, facts in data.facts.items()
-    }
+    texts = rows_collected(recipe.data, {split: facts["rows"] for split, facts in data.facts.items()})
+    rows = {split: round(count * len(pieces[split]) / len(lengths[split])) for split, count in texts.items()}
     check_budgets(recipe, float(np.mean(pieces["train"])))
     stages = tuple(foretell(recipe, state, config, rows, pieces["train"].tolist(), longest))
     mean = float(np.mean(pieces["train"]))

@@ -13,16 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moss_rlhf.data.scanning import text_digest
-from moss_rlhf.data.sources import open_source
+from moss_rlhf.data.sources import Source, open_source
 from moss_rlhf.errors import DataError, nearest
 from moss_rlhf.recipe import SplitLayout
 
 Floats = NDArray[np.floating[Any]]
+CorpusRow = tuple[int, str, dict[str, Any]]
+"""(line, text, other cells)."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A text of the corpus that might be taken; `line` is its place in the file, `fields` its other cells."""
+    """A text that might be taken; `line` is its place, in a file or among rows, `fields` the row's other cells."""
 
     line: int
     text: str
@@ -101,14 +103,15 @@ def _pattern(word: str) -> str:
     return rf"(?<!\w){exact}(?!\w)" if word.isascii() else exact
 
 
-def read_corpus(path: str | Path, column: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(line, text, other cells) of each row that has a text; broken lines are passed over.
+def read_corpus(path: str | Path, column: str, field: str = "collect.from") -> Iterator[CorpusRow]:
+    """Each row that has a text; broken lines are passed over.
 
     Of csv and tsv files the first line names the columns; of a txt file every line is a text.
 
+    field    what an error calls the file.
     raises   DataError where the file can't be read or has no such column.
     """
-    source = open_source("collect.from", SplitLayout(file=str(path)), ())
+    source = _open(path, field)
     names: list[str] | None = None
     for record in source.records():
         if record.fault:
@@ -128,6 +131,27 @@ def read_corpus(path: str | Path, column: str) -> Iterator[tuple[int, str, dict[
         text = cells.pop(column, None)
         if isinstance(text, str) and text.strip():
             yield record.line, text, cells
+
+
+def _open(path: str | Path, field: str) -> Source:
+    try:
+        return open_source("corpus", SplitLayout(file=str(path)), ())
+    except DataError as error:
+        raise DataError(str(error).replace("data.corpus", field)) from None
+
+
+def read_examples(path: str | Path, columns: Sequence[str], field: str) -> list[str]:
+    """The texts of a file of examples, as `read_corpus` reads it; of a row, what stands in these columns, joined.
+
+    columns  the first must be there.
+    raises   DataError as `read_corpus`, and where there is no text.
+    """
+    first, *others = columns
+    rows = read_corpus(path, first, field)
+    texts = [" ".join([text, *(str(cells[name]) for name in others if cells.get(name))]) for _, text, cells in rows]
+    if not texts:
+        raise DataError(f"{field}: {path} holds no example; give at least one text.")
+    return texts
 
 
 def _require(column: str, names: Sequence[str], place: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moss_rlhf.data.columns import Column, label_of, text_names
-from moss_rlhf.data.planning import Indices, make_plan
+from moss_rlhf.data.planning import FORM, Indices, make_plan
 from moss_rlhf.data.reading import BATCH_ROWS
 from moss_rlhf.data.scanning import DIGEST_BYTES, Keep, Labels, Row, Scan, SplitFile, open_split, open_splits, scan_rows
 from moss_rlhf.errors import DataError
@@ -64,6 +64,11 @@ class Splits:
     digest: str
     origins: dict[str, Origin] = field(default_factory=dict)
 
+    def line(self, split: str, row: int) -> int:
+        """The line in its file of a split's row; its number, from 1, where no origin is known."""
+        origin = self.origins.get(split)
+        return int(origin.lines[row]) if origin else row + 1
+
 
 @dataclass(frozen=True)
 class DataCheck:
@@ -107,7 +112,8 @@ def load_splits(
     }
     share = spec.validation if isinstance(spec.validation, float) else None
     limit = spec.model_dump(mode="json", include={"limit"})
-    name = digest([digests, share, limit, seed, plan.labels, [dataclasses.astuple(column) for column in columns]])
+    asked = [share, limit, seed, plan.labels, [dataclasses.astuple(column) for column in columns]]
+    name = digest([FORM, digests, *asked])
     train, validation, test = (datasets.get(split) for split in ("train", "validation", "test"))
     origins = {
         split: _origin(scans.get(split, scans["train"]), places.get(split, places["train"]), rows)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moss_rlhf.errors import DataError, ModelError, RecipeError, nearest
-from moss_rlhf.files import read_json, write_json
+from moss_rlhf.files import keep_curves, read_json, write_json
 from moss_rlhf.finetuning.finetune import finetune as fine_tune
 from moss_rlhf.finetuning.options import Distillation, option
 from moss_rlhf.finetuning.running import Training, training_folder
@@ -182,6 +182,7 @@ def _trained(
     save_checkpoint(copy, member.model)
     done = {"seed": member.seed, "seconds": training.facts["seconds"], "flops": training.flops}
     write_json(member.done, done)  # last: it says that the model stands
+    keep_curves(work, member.folder)
     shutil.rmtree(work)
     return done
 

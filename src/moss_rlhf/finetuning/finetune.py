@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from moss_rlhf.errors import DataError, ModelError, RecipeError
+from moss_rlhf.files import CURVES
 from moss_rlhf.finetuning.adapters import Adapters
 from moss_rlhf.finetuning.companions import Companion, Companions, KeptZeros
 from moss_rlhf.finetuning.compiling import Compile
@@ -143,7 +144,8 @@ def finetune(
     micro_batch_size    rows that go through the network at once: less memory, the same gradient. A batch that does not
                         fit is cut further by itself.
     packing             of text generation: a batch's documents in one row, none of which sees another: no padding.
-    report_to           trackers to send the curves to: tensorboard, mlflow, wandb, trackio.
+    report_to           trackers to send the curves to: tensorboard, mlflow, wandb, trackio. TensorBoard's files stand
+                        in the workspace's folder tensorboard; without one, in runs/ of the working directory.
     compile             torch.compile: off, on, or auto: both ways are timed, and the faster is kept.
     epochs              3; with phases, their sum.
     phases              [{"train": ["head", "block.5"], "epochs": 1, "learning_rate": 1e-3}, …]: what trains when; what
@@ -282,6 +284,7 @@ def finetune(
             checkpointing=gradient_checkpointing,
             compile=compile,
             report_to=trackers(report_to),
+            curves=None if workspace is None else workspace / CURVES,
         )
         return train_network(
             model.network,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +17,10 @@ import torch
 from safetensors.torch import load_model
 from torch import nn
 from transformers import TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 
 from moss_rlhf.errors import Interrupted, MachineError, RecipeError, nearest
+from moss_rlhf.files import CURVES
 from moss_rlhf.finetuning.averaging import load_average, steps_to_average
 from moss_rlhf.finetuning.compiling import Compile, compile_where_it_pays, undo
 from moss_rlhf.finetuning.dropout import quick_dropout
@@ -34,7 +37,7 @@ from moss_rlhf.tasks import Task
 
 _LOGGED_POINTS = 60  # of the loss, for the chart
 _TIMED_BATCHES = 5  # where compiling is weighed
-TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
+TRACKERS = (CURVES, "mlflow", "wandb", "trackio")
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -106,6 +109,7 @@ class Loop:
 
     folder   where checkpoints are written, and looked for.
     pieces   how a batch is cut where memory does not hold it.
+    curves   where TensorBoard's files go; None: where it puts them itself, runs/ in the working directory.
     """
 
     folder: Path
@@ -122,6 +126,7 @@ class Loop:
     checkpointing: bool = False
     compile: Compile = "off"
     report_to: Sequence[str] = ()
+    curves: Path | None = None
 
 
 def train_network(
@@ -151,6 +156,8 @@ def train_network(
         collate=collate,
         train=train,
     )
+    if CURVES in loop.report_to:
+        trainer.add_callback(_tensorboard(loop.curves))
     facts = _compiled_by_time(trainer, loop) | _run(trainer, loop)
     return _training_of(trainer, loop.bfloat16, facts)
 
@@ -171,10 +178,18 @@ def _arguments(loop: Loop, steps: int) -> TrainingArguments:
         logging_steps=max(1, steps // _LOGGED_POINTS),
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to=list(loop.report_to),
+        report_to=[name for name in loop.report_to if name != CURVES],  # whose files would go with the folder
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def _tensorboard(place: Path | None) -> TensorBoardCallback:
+    """Sends curves to TensorBoard: to `place`, or where the environment says."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    given = os.environ.get("TENSORBOARD_LOGGING_DIR") or place
+    return TensorBoardCallback(SummaryWriter(None if given is None else str(given)))
 
 
 def _compiled_by_time(trainer: LayerwiseTrainer, loop: Loop) -> dict[str, Any]:

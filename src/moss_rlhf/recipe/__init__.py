@@ -2,6 +2,7 @@
 
 from moss_rlhf.recipe.augment import RATES, AugmentSpec, BackTranslationSpec, MaskedLMSpec
 from moss_rlhf.recipe.clean import CleanSpec
+from moss_rlhf.recipe.collect import CollectSpec
 from moss_rlhf.recipe.compression import (
     NarrowSpec,
     PruneSpec,
@@ -47,6 +48,7 @@ __all__ = [
     "BackTranslationSpec",
     "CacheSpec",
     "CleanSpec",
+    "CollectSpec",
     "DataSpec",
     "DistillSpec",
     "EarlyStoppingSpec",

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from moss_rlhf.recipe.augment import AugmentSpec
 from moss_rlhf.recipe.clean import CleanSpec
+from moss_rlhf.recipe.collect import CollectSpec
 from moss_rlhf.recipe.spec import Name, Positive, Spec
 
 ColumnReference = int | str | list[int | str]
@@ -69,6 +70,9 @@ class DataSpec(Spec):
     )
     augment: AugmentSpec | None = Field(None, description="changed copies of the training rows; off unless given")
 
+    collect: CollectSpec | None = Field(
+        None, description="which texts of train, a large corpus, are the task's; none: all are"
+    )
     clean: CleanSpec | None = Field(
         None, description="what is looked for in the rows; none: only equal texts in two splits"
     )
@@ -83,3 +87,8 @@ class DataSpec(Spec):
             return float(value) if isinstance(value, str) else value
         except ValueError:
             return value
+
+    @property
+    def corpus(self) -> tuple[str, ...]:
+        """The splits that `collect` chooses from: train, and a share held out of it."""
+        return ("train", "validation") if isinstance(self.validation, float) else ("train",)

@@ -55,7 +55,8 @@ def _held(spec: type[Spec], name: str, value: object, place: str) -> Any:
     try:
         return _adapter(spec, name).validate_python(value)
     except ValidationError as error:
-        rules = dict.fromkeys(rule(fault) for fault in error.errors() if fault["type"] not in _STRUCTURES)
+        plain = [fault for fault in error.errors() if fault["type"] not in _STRUCTURES] or error.errors()
+        rules = dict.fromkeys(map(rule, plain))
         raise RecipeError(f"{place}: {value!r} can't be used; it must {' or '.join(rules)}.") from None
 
 

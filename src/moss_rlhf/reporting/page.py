@@ -48,6 +48,7 @@ def render_page(report: Report) -> str:
         confusions=_confusions(report),
         findings=_findings(report),
         cleaning_effect=_cleaning_effect(report),
+        collected=_collected(report),
         search=search,
         recipe=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),
         plotly_script=charts.plotly_script(),
@@ -196,10 +197,16 @@ def _confusions(report: Report) -> dict[str, list[list[dict[str, Any]]]]:
     return {side: [_shares(row) for row in matrix] for side, matrix in matrices.items() if matrix}
 
 
-# --- what cleaning found ---------------------------------------------------------------------------------------------
+# --- what was collected, what cleaning found --------------------------------------------------------------------------
 
 
 _EXAMPLES = 5
+
+
+def _collected(report: Report) -> list[dict[str, Any]]:
+    """One entry a split that was chosen from: how many of how many, by what, the first few."""
+    chosen = {split: facts["collected"] for split, facts in report["data"].items() if facts.get("collected")}
+    return [found | {"split": split, "examples": found["examples"][:_EXAMPLES]} for split, found in chosen.items()]
 
 
 def _findings(report: Report) -> list[dict[str, Any]]:

@@ -1,9 +1,11 @@
-"""`collect`: texts for a task out of a large corpus, by likeness to examples, words or perplexity; diverse."""
+"""Texts for a task out of many, by likeness to examples, words or perplexity; diverse. `collect` reads a corpus."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moss_rlhf.data.collecting import Candidate, Keywords, Pool, choose_diverse, read_corpus
+from moss_rlhf.data.collecting import Candidate, CorpusRow, Keywords, Pool, choose_diverse, read_corpus, read_examples
 from moss_rlhf.errors import DataError, RecipeError
 from moss_rlhf.files import new_file
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.progress import Progress
+from moss_rlhf.recipe import CollectSpec
+from moss_rlhf.recipe.collect import collect_fault
+from moss_rlhf.recipe.options import follows
+from moss_rlhf.tasks.embedding import Embed, open_embedder
+from moss_rlhf.tasks.language import check_language_model
 
 _AT_ONCE = 512
 _POOL = 5  # candidates kept for each text wanted, to choose diverse ones from
 _PERPLEXITY_TOKENS = 256
-Rows = list[tuple[int, str, dict[str, Any]]]
+NONE_FITS = "no text fits. Give other keywords, or a larger max_perplexity."
 
 
+@follows(CollectSpec, "collect")
 def collect(
     corpus: str | Path,
     *,
@@ -42,7 +50,8 @@ def collect(
 
     What ranks is the first given of: likeness to the nearest example (cosine of mean-pooled embeddings), perplexity
     (the lower the better), how many of the keywords a text holds. Texts without any of the keywords are passed over,
-    and those above max_perplexity. Of the best candidates diverse ones are taken, by maximal marginal relevance.
+    and those above max_perplexity, or of one token, which have none. Of the best candidates diverse ones are taken, by
+    maximal marginal relevance.
 
     corpus       csv, tsv, txt, json, jsonl or parquet, also .gz.
     like         example texts, or a file of them.
@@ -54,18 +63,20 @@ def collect(
     returns      [{"text", …the row's other fields, "line", "score", "reason"}].
     raises       RecipeError on arguments that don't fit; DataError where a file can't be read or nothing is found.
     """
-    _check(count, like, keywords, model, perplexity, max_perplexity, diversity)
-    progress = progress or Progress(quiet=True)
-    scorer = _Scorer(like, keywords, model, perplexity, max_perplexity, diversity, column)
-    pool = Pool(count * (_POOL if diversity else 1), seed)
-    with progress.bar("reading the corpus", None) as bar:
-        for rows in _batches(read_corpus(corpus, column)):
-            for candidate in scorer.candidates(rows):
-                pool.offer(candidate)
-            bar.advance(len(rows))
-    chosen = _choose(pool.best(), count, diversity)
+    _check(like, keywords, model, perplexity, max_perplexity, diversity)
+    examples = read_examples(like, [column], "collect.like") if isinstance(like, str | Path) else like
+    sought = Sought(
+        count,
+        examples,
+        keywords,
+        open_embedder(model) if model is not None and (like is not None or diversity > 0) else None,
+        language_model(perplexity, "collect.perplexity") if perplexity is not None else None,
+        max_perplexity,
+        diversity,
+    )
+    chosen = choose_texts(read_corpus(corpus, column), sought, seed, progress or Progress(quiet=True))
     if not chosen:
-        raise DataError(f"{corpus}: no text fits. Give other keywords, or a larger max_perplexity.")
+        raise DataError(f"{corpus}: {NONE_FITS}")
     found = [_row(candidate, column) for candidate in chosen]
     if output is not None:
         _write(found, Path(output))
@@ -73,62 +84,69 @@ def collect(
 
 
 def _check(
-    count: int,
-    like: object,
-    keywords: Sequence[str],
-    model: object,
-    perplexity: object,
-    max_perplexity: float | None,
-    diversity: float,
+    like: object, keywords: Sequence[str], model: object, perplexity: object, most: float | None, diversity: float
 ) -> None:
-    faults = {
-        f"count: {count} must be at least 1": count < 1,
-        f"diversity: {diversity} must be between 0 and 1": not 0 <= diversity <= 1,
-        "give at least one of like, keywords and perplexity": like is None and not keywords and perplexity is None,
-        "keywords: an empty word is in every text": any(not word.strip() for word in keywords),
-        "model: is needed to compare texts; give a checkpoint or hub id (or diversity 0 and no `like`)": (
-            model is None and (like is not None or diversity > 0)
-        ),
-        "max_perplexity: needs perplexity, a causal language model": max_perplexity is not None and perplexity is None,
-        f"max_perplexity: {max_perplexity} must be above 1": max_perplexity is not None and max_perplexity <= 1,
-        "max_perplexity: is needed where `like` ranks, or perplexity would change nothing": (
-            perplexity is not None and like is not None and max_perplexity is None
-        ),
-    }
-    for sentence, holds in faults.items():
-        if holds:
-            raise RecipeError(f"collect: {sentence}.")
+    if fault := collect_fault(like, keywords, perplexity is not None, most):
+        raise RecipeError(f"collect: {fault}")
+    if model is None and (like is not None or diversity > 0):
+        raise RecipeError(
+            "collect: model: is needed to compare texts; give a checkpoint or hub id (or diversity 0 and no `like`)."
+        )
+
+
+@dataclass(frozen=True)
+class Sought:
+    """What is looked for, by open models.
+
+    examples   texts to be like; None: likeness does not rank.
+    embed      compares texts; may be None where there are no examples and diversity is 0.
+    language   a causal language model, for perplexities.
+    """
+
+    count: int
+    examples: Sequence[str] | None
+    keywords: Sequence[str]
+    embed: Embed | None
+    language: Model | None
+    max_perplexity: float | None
+    diversity: float
+
+
+def choose_texts(rows: Iterable[CorpusRow], sought: Sought, seed: int, progress: Progress) -> list[Candidate]:
+    """The texts to take, the first chosen first, no text twice. Rows are gone through once; see `collect`.
+
+    rows   (line, text, other fields); memory holds 512 of them and 5 · count candidates.
+    """
+    scorer = _Scorer(sought)
+    pool = Pool(sought.count * (_POOL if sought.diversity else 1), seed)
+    with progress.bar("reading the corpus", None) as bar:
+        for batch in _batches(iter(rows)):
+            for candidate in scorer.candidates(batch):
+                pool.offer(candidate)
+            bar.advance(len(batch))
+    return _choose(pool.best(), sought.count, sought.diversity)
 
 
 class _Scorer:
-    """Scores rows in batches; models are opened once."""
+    """Scores rows in batches."""
 
-    def __init__(
-        self,
-        like: str | Path | Sequence[str] | None,
-        keywords: Sequence[str],
-        model: str | Model | None,
-        perplexity: str | Model | None,
-        max_perplexity: float | None,
-        diversity: float,
-        column: str,
-    ) -> None:
-        self._keywords, self._words = Keywords(keywords), len(keywords)
-        self._body = _embedder(model) if model is not None and (like is not None or diversity > 0) else None
-        self._language = _language_model(perplexity) if perplexity is not None else None
-        self._most = max_perplexity
-        self._examples = self._embed(_examples(like, column)) if like is not None else None
+    def __init__(self, sought: Sought) -> None:
+        self._keywords, self._words = Keywords(sought.keywords), len(sought.keywords)
+        self._embed = sought.embed if sought.examples is not None or sought.diversity > 0 else None
+        self._language = sought.language
+        self._most = sought.max_perplexity or sys.float_info.max  # a text of one token has an infinite one, no rank
+        self._examples = sought.embed(sought.examples) if sought.embed and sought.examples is not None else None
 
-    def candidates(self, rows: Rows) -> Iterator[Candidate]:
+    def candidates(self, rows: list[CorpusRow]) -> Iterator[Candidate]:
         found = [self._keywords.found(text) for _, text, _ in rows]
         kept = [place for place in range(len(rows)) if found[place] or not self._words]
         texts = [rows[place][1] for place in kept]
         if not texts:
             return
         perplexities = text_perplexities(self._language, texts) if self._language else None
-        vectors = self._embed(texts) if self._body else None
+        vectors = self._embed(texts) if self._embed else None
         for index, place in enumerate(kept):
-            if perplexities is not None and self._most is not None and perplexities[index] > self._most:
+            if perplexities is not None and perplexities[index] > self._most:
                 continue
             vector = None if vectors is None else vectors[index]
             value = None if perplexities is None else float(perplexities[index])
@@ -151,33 +169,14 @@ class _Scorer:
             reasons.append(f"holds {', '.join(words)}")
         return scores[0], "; ".join(reasons)
 
-    def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        from moss_rlhf.tasks.embedding import embed_texts
 
-        assert self._body is not None  # noqa: S101  # asked for only where there is one
-        return embed_texts(self._body, texts)
-
-
-def _embedder(model: str | Model) -> Model:
-    """A model whose body embeds; its head, trained or not, plays no part."""
-    if isinstance(model, Model):
-        return model
-    from moss_rlhf.model.checkpoint import load_pretrained
-    from moss_rlhf.model.config import read_config, trained_labels
-    from moss_rlhf.model.locate import locate
-    from moss_rlhf.tasks import TASKS
-
-    task, place = TASKS["text-classification"], locate(model)
-    labels = trained_labels(read_config(place)) or ("0", "1")
-    return load_pretrained(place, task.name, task.auto_class(), labels)
-
-
-def _language_model(model: str | Model) -> Model:
+def language_model(model: str | Model, field: str) -> Model:
+    """A causal language model, opened; `field` says where its name stands, for errors."""
     from moss_rlhf.tasks.loading import load
 
-    found = model if isinstance(model, Model) else load(model, task="text-generation")
+    found = model if isinstance(model, Model) else load(check_language_model(model, field), task="text-generation")
     if found.task != "text-generation":
-        raise RecipeError(f"collect: perplexity: is a model for {found.task}; give a causal language model.")
+        raise RecipeError(f"{field}: is a model for {found.task}; give a causal language model.")
     return found
 
 
@@ -199,14 +198,7 @@ def text_perplexities(model: Model, texts: Sequence[str]) -> NDArray[np.float64]
     return values
 
 
-def _examples(like: str | Path | Sequence[str], column: str) -> list[str]:
-    texts = [text for _, text, _ in read_corpus(like, column)] if isinstance(like, str | Path) else list(like)
-    if not texts:
-        raise DataError(f"collect: like: {like} holds no example. Give at least one text.")
-    return texts
-
-
-def _batches(rows: Iterator[tuple[int, str, dict[str, Any]]]) -> Iterator[Rows]:
+def _batches(rows: Iterator[CorpusRow]) -> Iterator[list[CorpusRow]]:
     while batch := list(islice(rows, _AT_ONCE)):
         yield batch
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +15,28 @@ from moss_rlhf.tasks.batching import by_length, chunks, pad, padding_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+Embed = Callable[[Sequence[str]], NDArray[np.float32]]
+"""Texts → (texts, size) vectors of length 1."""
+
 _LONGEST = 256  # tokens: what a text is about stands early, and time grows with them
 _TOKENIZED_AT_ONCE = 2000
+
+
+def open_embedder(model: str | Model) -> Embed:
+    """A model, or its checkpoint or hub id, as what embeds; its head, trained or not, plays no part."""
+    opened = model if isinstance(model, Model) else _body(model)
+    return lambda texts: embed_texts(opened, texts)
+
+
+def _body(model: str) -> Model:
+    from moss_rlhf.model.checkpoint import load_pretrained
+    from moss_rlhf.model.config import read_config, trained_labels
+    from moss_rlhf.model.locate import locate
+    from moss_rlhf.tasks import TASKS
+
+    task, place = TASKS["text-classification"], locate(model)
+    labels = trained_labels(read_config(place)) or ("0", "1")
+    return load_pretrained(place, task.name, task.auto_class(), labels)
 
 
 def embed_texts(

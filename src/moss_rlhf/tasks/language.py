@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moss_rlhf.errors import DataError
+from moss_rlhf.errors import DataError, ModelError
+from moss_rlhf.model.anatomy import family_of
+from moss_rlhf.model.config import KEY, read_config
+from moss_rlhf.model.locate import locate
 from moss_rlhf.model.runtime import Runtime, TranslatorRuntime
 from moss_rlhf.tasks.batching import by_length, chunks
 
@@ -20,6 +24,18 @@ IGNORED = -100  # a label that no loss counts
 _LARGEST_LOSS = 700.0  # exp of more is no float64; only broken weights lose as much a token
 _ROWS_AT_ONCE = 16
 _TOKENS_AT_ONCE = 1024  # their logits are 200 MB at 50,000 words, and three times as much with copies
+
+
+def check_language_model(name: str, field: str) -> Path:
+    """The directory of a causal language model; ModelError where it is none. Reads no weights."""
+    place = locate(name, field)
+    config = read_config(place)
+    task = config.get(KEY, {}).get("task", "text-generation")
+    if family_of(config["model_type"]).kind != "decoder" or task != "text-generation":
+        raise ModelError(
+            f"{field}: {name} is a {config['model_type']} for other tasks; give a causal language model, such as gpt2."
+        )
+    return place
 
 
 def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:

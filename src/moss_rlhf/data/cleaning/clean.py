@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from moss_rlhf.data.cleaning.duplicates import conflicting_rows, duplicate_rows
 from moss_rlhf.data.cleaning.finding import Finding, Hit, dropped_rows, finding_facts, shorten
-from moss_rlhf.data.cleaning.label_errors import suspicious_labels
+from moss_rlhf.data.cleaning.label_errors import fold_fault, suspicious_labels
 from moss_rlhf.data.cleaning.markup import mend_markup
 from moss_rlhf.data.cleaning.minhash import leaking_rows, near_duplicates
 from moss_rlhf.data.cleaning.texts import (
@@ -25,7 +26,7 @@ from moss_rlhf.data.cleaning.texts import (
     length_outliers,
     texts_with_markup,
 )
-from moss_rlhf.data.columns import Column
+from moss_rlhf.data.columns import Column, label_of, text_names
 from moss_rlhf.data.splits import Splits
 from moss_rlhf.errors import DataError, MachineError, RecipeError
 from moss_rlhf.files import digest
@@ -45,13 +46,31 @@ _LABELLED = frozenset({"conflicts", "label_errors"})
 
 @dataclass
 class Part:
-    """A split while it is cleaned: all its texts and labels, and which of its rows are left."""
+    """A split while it is cleaned: all its texts and labels, where they stand, and which of its rows are left.
+
+    lines   (rows,), of their file;  unit   what these count, "line" or "row".
+    """
 
     name: str
     texts: list[str]
     labels: list[str] | None
+    lines: Indices
+    unit: str
     left: Indices
     mended: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        texts: list[str],
+        labels: list[str] | None,
+        lines: Indices | None = None,
+        unit: str = "row",
+    ) -> Part:
+        """A split of which all rows are left; without lines, rows are counted from 1."""
+        rows = np.arange(len(texts))
+        return cls(name, texts, labels, rows + 1 if lines is None else lines, unit, rows)
 
     @property
     def left_texts(self) -> list[str]:
@@ -71,15 +90,23 @@ class Cleaned:
     kept: dict[str, Indices]
 
 
-def check_packages(spec: CleanSpec | None) -> None:
-    """MachineError where a check that is on needs a package that is not installed."""
-    for field_name, packages in (spec.packages if spec else {}).items():
+def check_packages(spec: CleanSpec | None, field: str = "data.clean") -> None:
+    """MachineError where a check that is on needs a package that is not installed; `field` is where it was asked."""
+    for name, packages in (spec.packages if spec else {}).items():
         missing = [package for package in packages if find_spec(package) is None]
         if missing:
             raise MachineError(
-                f"data.clean.{field_name}: needs the package {missing[0]}, which is not installed. "
+                f"{field}.{name}: needs the package {missing[0]}, which is not installed. "
                 "Install it: pip install 'moss-rlhf[clean]'."
             )
+
+
+def refuse_rare_classes(spec: CleanSpec | None, classes: Mapping[str, int], field: str = "data.clean") -> None:
+    """DataError where confident learning is asked for and a class of train has fewer rows than folds."""
+    if spec is None or spec.label_errors == "off" or spec.label_method != "confident":
+        return
+    if fault := fold_fault(classes, spec.folds):
+        raise DataError(f"{field}.{fault}")
 
 
 def clean_splits(
@@ -95,35 +122,54 @@ def clean_splits(
     raises    DataError where a class of train, or all of validation, would go; MachineError on a missing package;
               RecipeError on a check that needs labels where there are none.
     """
-    check_packages(spec)
     parts = _parts(splits, columns)
-    unlabelled = [check for check in spec.checks if check in _LABELLED and parts["train"].labels is None]
-    if unlabelled:
-        raise RecipeError(f"data.clean.{unlabelled[0]}: compares labels, and this task has none. Leave it out.")
-    findings: list[Finding] = []
-    for check, action in progress.track(spec.checks.items(), "cleaning", len(spec.checks)):
-        find = _finder(check, spec, parts, seed, embed)
-        for name in ("test", "validation", "train"):  # so that a leak's partner is one that stays
-            if name in parts and not (check in _ONLY_TRAIN and name != "train"):
-                findings += _apply(check, action, find(parts[name]), parts, name, splits)
-    findings.sort(key=lambda finding: (list(parts).index(finding.split), CHECKS.index(finding.check), finding.line))
-    _refuse_emptied(parts, findings)
+    findings = clean_parts(parts, spec, seed=seed, embed=embed, progress=progress)
     return Cleaned(
         _rebuilt(splits, columns, parts, findings), findings, {name: part.left for name, part in parts.items()}
     )
 
 
+def clean_parts(
+    parts: Mapping[str, Part],
+    spec: CleanSpec,
+    *,
+    seed: int,
+    embed: Embed,
+    progress: Progress,
+    field: str = "data.clean",
+) -> list[Finding]:
+    """Do the checks on the parts, of which `left` and `mended` change; see `clean_splits`.
+
+    parts   {"train": …, and "validation" and "test" where there are any}.
+    field   where the checks were asked for, for errors.
+    """
+    check_packages(spec, field)
+    unlabelled = [check for check in spec.checks if check in _LABELLED and parts["train"].labels is None]
+    if unlabelled:
+        raise RecipeError(f"{field}.{unlabelled[0]}: compares labels, and these rows have none. Leave it out.")
+    findings: list[Finding] = []
+    for check, action in progress.track(spec.checks.items(), "cleaning", len(spec.checks)):
+        if check == "label_errors":
+            refuse_rare_classes(spec, Counter(parts["train"].left_labels), field)
+        find = _finder(check, spec, parts, seed, embed)
+        for name in ("test", "validation", "train"):  # so that a leak's partner is one that stays
+            if name in parts and not (check in _ONLY_TRAIN and name != "train"):
+                findings += _apply(check, action, find(parts[name]), parts, name)
+    findings.sort(key=lambda finding: (list(parts).index(finding.split), CHECKS.index(finding.check), finding.line))
+    _refuse_emptied(parts, findings, field)
+    return findings
+
+
 def _parts(splits: Splits, columns: Sequence[Column]) -> dict[str, Part]:
-    texts = [column.name for column in columns if column.kind == "text"]
-    label = next((column.name for column in columns if column.kind == "label"), None)
     present = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    return {name: _part(name, rows, texts, label, splits) for name, rows in present.items() if rows is not None}
+    return {name: _part(name, rows, columns, splits) for name, rows in present.items() if rows is not None}
 
 
-def _part(name: str, rows: Any, texts: Sequence[str], label: str | None, splits: Splits) -> Part:
-    joined = [" ".join(cells) for cells in zip(*(rows[column][:] for column in texts), strict=True)]
-    names = [splits.labels[class_id] for class_id in rows[label]] if label in rows.column_names else None
-    return Part(name, joined, names, np.arange(len(joined)))
+def _part(name: str, rows: Any, columns: Sequence[Column], splits: Splits) -> Part:
+    texts = [" ".join(cells) for cells in zip(*(rows[column][:] for column in text_names(columns)), strict=True)]
+    label, origin = label_of(columns), splits.origins.get(name)
+    labels = [splits.labels[class_id] for class_id in rows[label]] if label in rows.column_names else None
+    return Part.of(name, texts, labels, *(() if origin is None else (origin.lines, origin.unit)))
 
 
 Find = Callable[[Part], list[Hit]]
@@ -161,17 +207,15 @@ def _label_errors(part: Part, spec: CleanSpec, seed: int, embed: Embed) -> list[
     )
 
 
-def _apply(
-    check: str, action: str, hits: Sequence[Hit], parts: Mapping[str, Part], split: str, splits: Splits
-) -> list[Finding]:
+def _apply(check: str, action: str, hits: Sequence[Hit], parts: Mapping[str, Part], split: str) -> list[Finding]:
     """Note what was found in a part, and take out of it, or mend, what the action says."""
     part = parts[split]
     done = {hit: _action(check, action, split, hit) for hit in hits}
-    findings = [_finding(check, done[hit], hit, parts, part, splits) for hit in hits]
+    findings = [_finding(check, done[hit], hit, parts, part) for hit in hits]
     gone = [hit.row for hit in hits if done[hit] == "drop"]
     mended = [int(part.left[hit.row]) for hit in hits if done[hit] == "mend"]
     for row in mended:
-        part.texts[row] = mend_markup(part.texts[row]) or part.texts[row]
+        part.texts[row] = _mended(part.texts[row])
     part.mended += mended
     part.left = np.delete(part.left, gone)
     return findings
@@ -183,47 +227,36 @@ def _action(check: str, action: str, split: str, hit: Hit) -> str:
     return action if split == "train" or (action == "drop" and check in _VALIDATION_TOO) else "flag"
 
 
-def _finding(check: str, action: str, hit: Hit, parts: Mapping[str, Part], part: Part, splits: Splits) -> Finding:
+def _finding(check: str, action: str, hit: Hit, parts: Mapping[str, Part], part: Part) -> Finding:
     row = int(part.left[hit.row])
     label = part.labels[row] if part.labels else ""
-    partner = _place(splits, hit.partner[0], int(parts[hit.partner[0]].left[hit.partner[1]])) if hit.partner else ""
-    line = _line(splits, part.name, row)
-    return Finding(part.name, check, action, line, label, hit.reason, partner, shorten(part.texts[row]))
+    partner = _place(parts[hit.partner[0]], hit.partner[1]) if hit.partner else ""
+    return Finding(part.name, check, action, int(part.lines[row]), label, hit.reason, partner, shorten(part.texts[row]))
 
 
-def _line(splits: Splits, split: str, row: int) -> int:
-    origin = splits.origins.get(split)
-    return int(origin.lines[row]) if origin else row + 1
-
-
-def _place(splits: Splits, split: str, row: int) -> str:
-    unit = splits.origins[split].unit if split in splits.origins else "row"
-    return f"{split} {unit} {_line(splits, split, row)}"
+def _place(part: Part, row: int) -> str:
+    return f"{part.name} {part.unit} {part.lines[part.left[row]]}"
 
 
 # --- what is left --------------------------------------------------------------------------------------------------
 
 
-def _refuse_emptied(parts: Mapping[str, Part], findings: Sequence[Finding]) -> None:
+def _refuse_emptied(parts: Mapping[str, Part], findings: Sequence[Finding], field: str) -> None:
     train = parts["train"]
     gone = ", ".join(f"{count} rows by {check}" for check, count in dropped_rows(findings, "train").items())
     remedy = "Set the check that drops most to flag, and look at what it finds"
     lost = sorted(set(train.labels or []) - set(train.left_labels or []))
     if lost:
-        raise DataError(
-            f"data.clean: would leave no row of the class {lost[0]!r} in train (dropped: {gone}). {remedy}."
-        )
+        raise DataError(f"{field}: would leave no row of the class {lost[0]!r} in train (dropped: {gone}). {remedy}.")
     for name, part in parts.items():
         if len(part.left) == 0:
-            raise DataError(f"data.clean: would leave no row in {name} of {len(part.texts)}. {remedy}.")
+            raise DataError(f"{field}: would leave no row in {name} of {len(part.texts)}. {remedy}.")
 
 
 def _rebuilt(
     splits: Splits, columns: Sequence[Column], parts: Mapping[str, Part], findings: Sequence[Finding]
 ) -> Splits:
-    texts = [column.name for column in columns if column.kind == "text"]
-    present = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    rows = {name: _mended(present[name], part, texts).select(part.left) for name, part in parts.items()}
+    rows = {name: kept_rows(getattr(splits, name), part, text_names(columns)) for name, part in parts.items()}
     origins = {
         name: dataclasses.replace(origin, lines=origin.lines[parts[name].left])
         for name, origin in splits.origins.items()
@@ -241,16 +274,27 @@ def _rebuilt(
     )
 
 
-def _mended(rows: Any, part: Part, texts: Sequence[str]) -> Any:
-    if not part.mended:
-        return rows
+def kept_rows(rows: Any, part: Part, texts: Sequence[str]) -> Any:
+    """Of a list of mappings or a data set the rows that are left, mended where they were; other columns stay.
 
-    def mend(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:
-        return {column: [mend_markup(text) or text for text in batch[column]] for column in texts}
+    texts   the names of the text columns.
+    """
+    mended = set(part.mended)
 
-    return rows.map(
-        mend, batched=True, keep_in_memory=True, load_from_cache_file=False, new_fingerprint=_part_digest(part)
-    )
+    def mend(row: Mapping[str, Any], position: int) -> dict[str, Any]:
+        return dict(row) | ({column: _mended(row[column]) for column in texts} if position in mended else {})
+
+    if isinstance(rows, Sequence):
+        return [mend(rows[row], row) for row in part.left.tolist()]
+    if mended:
+        rows = rows.map(
+            mend, with_indices=True, keep_in_memory=True, load_from_cache_file=False, new_fingerprint=_part_digest(part)
+        )
+    return rows.select(part.left)
+
+
+def _mended(text: str) -> str:
+    return mend_markup(text) or text
 
 
 def _part_digest(part: Part) -> str:

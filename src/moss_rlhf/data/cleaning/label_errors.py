@@ -13,7 +13,7 @@ each class are wrong; the least likely go.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -49,16 +49,29 @@ def suspicious_labels(
 
     vectors   (rows, size), of length 1.
     support   of neighbours: a label is suspicious below this part of its class's usual support.
-    folds     of confident learning; classes with fewer rows are not judged.
+    folds     of confident learning; every class has as many rows at least, see `fold_fault`.
     """
     names, classes = np.unique(np.asarray(labels), return_inverse=True)
     if method == "confident":
         shares = out_of_fold(vectors, classes, folds, seed)
-        suspicious = confident_errors(shares, classes, folds)
+        suspicious = confident_errors(shares, classes)
     else:
         shares = neighbour_shares(vectors, classes)
         suspicious = unsupported(shares, classes, support)
     return [Hit(int(row), _reason(shares[row], names, classes[row])) for row in np.flatnonzero(suspicious)]
+
+
+def fold_fault(classes: Mapping[str, int], folds: int) -> str | None:
+    """Why confident learning can't judge these rows, as the field and a sentence, else None.
+
+    classes   {label: rows of train}; a label without rows does not matter.
+    """
+    rare = {label: count for label, count in classes.items() if 0 < count < folds}
+    if not rare:
+        return None
+    label, count = min(rare.items(), key=lambda pair: pair[1])
+    remedy = f"folds: {count}, or " * (count > 1) + "label_method: neighbours"
+    return f"folds: {folds}, but train has only {count} of the class {label!r}, and each fold needs one. Give {remedy}."
 
 
 def _reason(shares: Floats, names: NDArray[np.str_], label: int) -> str:
@@ -116,22 +129,18 @@ def unsupported(shares: Floats, classes: Indices, support: float) -> NDArray[np.
 
 
 def out_of_fold(vectors: Floats, classes: Indices, folds: int, seed: int) -> NDArray[np.float64]:
-    """Probabilities, (rows, classes), each row's by a logistic regression trained on the other folds.
-
-    Rows of a class with fewer rows than folds are never held out: all they get is probability 1 for their own.
-    """
+    """Probabilities, (rows, classes), each row's by a logistic regression trained on the other folds."""
     places = stratified_folds(classes, folds, seed)
-    probabilities = np.eye(int(classes.max()) + 1)[classes]
+    probabilities = np.zeros((len(classes), int(classes.max()) + 1))
     for fold in range(folds):
         held = places == fold
-        if held.any():
-            probabilities[held] = probe_probabilities(vectors[~held], classes[~held], vectors[held])
+        probabilities[held] = probe_probabilities(vectors[~held], classes[~held], vectors[held])
     return probabilities
 
 
-def confident_errors(probabilities: Floats, classes: Indices, folds: int) -> NDArray[np.bool_]:
+def confident_errors(probabilities: Floats, classes: Indices) -> NDArray[np.bool_]:
     """Rows, (rows,), that cleanlab's `find_label_issues` names, pruned by noise rate."""
     from cleanlab.filter import find_label_issues
 
     errors: NDArray[np.bool_] = find_label_issues(classes, probabilities, filter_by="prune_by_noise_rate", n_jobs=1)
-    return errors & (np.bincount(classes)[classes] >= folds)
+    return errors

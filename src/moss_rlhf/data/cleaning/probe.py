@@ -38,13 +38,14 @@ def probe_answers(train: Floats, labels: Indices, features: Floats) -> Indices:
 
 
 def stratified_folds(labels: Indices, folds: int, seed: int) -> Indices:
-    """A fold for each row, 0 to folds − 1, every class dealt out evenly; −1 in a class of fewer rows than `folds`.
+    """A fold for each row, 0 to folds − 1, every class dealt out evenly.
 
-    Those cannot be judged by rows of their class: they only ever train.
+    raises   ValueError where a class has fewer rows than there are folds: in one it would be unknown.
     """
-    places = np.full(len(labels), -1, dtype=np.int64)
+    places = np.zeros(len(labels), dtype=np.int64)
     for label in np.unique(labels):
         rows = np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))
-        if len(rows) >= folds:
-            places[rows] = np.arange(len(rows)) % folds
+        if len(rows) < folds:
+            raise ValueError(f"{folds} folds, but class {label} has {len(rows)} rows; each fold needs one")
+        places[rows] = np.arange(len(rows)) % folds
     return places
