@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,22 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
 THINGS = ("film", "hotel", "phone", "soup", "room", "book", "service", "app", "staff", "story")
 OPINIONS = (("good", "bad"), ("great", "awful"), ("lovely", "boring"))  # a pair for each filler
 FILLERS = ("the {0} was {1}", "what a {1} {0} , we all said so in the end", "{1} {0} , and we would know")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports() -> None:
+    """Keep what is imported out of garbage collection, which every training asks for: a quarter of a second each."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_round(frozen_imports: None) -> Iterator[None]:
+    """Let narrow and shorten time their networks once: no test reads the milliseconds, and 15 rounds outlast them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "torch" in sys.modules:
+            patch.setattr("moss_rlhf.model.latency._MOST_ROUNDS", 1)
+        yield
 
 
 @pytest.fixture(scope="session")
