@@ -13,6 +13,7 @@ from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import CleanSpec, DataSpec
 
 pytest.importorskip("sklearn")
+pytestmark = pytest.mark.usefixtures("memory_not_measured")
 COLUMNS = (Column("text", "text"), Column("label", "label"))
 QUIET = Progress(quiet=True)
 

@@ -23,6 +23,7 @@ BASE = {
     "stages": [{"finetune": {"epochs": 2, "learning_rate": 1e-3}}],
 }
 QUIET = Progress(quiet=True)
+pytestmark = pytest.mark.usefixtures("memory_not_measured")
 
 
 def _recipe(**search_fields):
