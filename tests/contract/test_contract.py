@@ -220,7 +220,7 @@ def with_zeros(tiny_model):
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_contract(name, family, with_zeros, rows_of, tmp_path):
     method, old = METHODS[name], with_zeros(family)
-    rows = rows_of(old.task)
+    rows = rows_of(old.task)[:16]
     given, runs = deepcopy(rows), []
     for seed in (0, 1):  # of the process: the methods have their own
         model = with_zeros(family)
