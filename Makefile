@@ -8,7 +8,7 @@ demo: .venv/demo
 	$(BIN)/moss run recipes/quickstart.yaml
 
 test: .venv/dev check
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/dev
 	$(BIN)/ruff check

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,51 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
 THINGS = ("film", "hotel", "phone", "soup", "room", "book", "service", "app", "staff", "story")
 OPINIONS = (("good", "bad"), ("great", "awful"), ("lovely", "boring"))  # a pair for each filler
 FILLERS = ("the {0} was {1}", "what a {1} {0} , we all said so in the end", "{1} {0} , and we would know")
+
+
+@pytest.fixture(scope="session")
+def imported() -> set[str]:
+    """The modules whose objects were frozen."""
+    return set()
+
+
+@pytest.fixture(autouse=True)
+def frozen_imports(imported: set[str]) -> None:
+    """Keep what is imported out of garbage collection, which every training asks for: a quarter of a second each."""
+    if len(sys.modules) > len(imported) + 20:
+        imported.update(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_round() -> Iterator[None]:
+    """Let narrow and shorten time their networks once: no test reads the milliseconds, and 15 rounds outlast them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "torch" in sys.modules:
+            patch.setattr("moss_rlhf.model.latency._MOST_ROUNDS", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def memory_not_measured() -> Iterator[None]:
+    """Let runs leave peak memory out: each measurement is a process that imports everything, seconds long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moss_rlhf.measuring.peak_memory", lambda *_, **__: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_core() -> Iterator[None]:
+    """Tiny matrices: two threads only wait for each other. How many there are is part of a fingerprint.
+
+    Tests that run at the same time get a core each.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.sched_setaffinity(0, {cores[-1 - worker % len(cores)]})
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 @pytest.fixture(scope="session")

@@ -2,22 +2,21 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from moss_rlhf import measuring, pipeline, run
+from moss_rlhf import pipeline, run
 from moss_rlhf.checking import check
 from moss_rlhf.errors import MachineError, ModelError, RecipeError
 from moss_rlhf.recipe import make_recipe
 
+pytestmark = pytest.mark.usefixtures("one_core", "memory_not_measured")
 AUGMENT = {"copies": 2, "swap": 0.1, "delete": 0.1, "typo": 0.1, "punctuation": 0.3}
 
 
 @pytest.fixture
-def recipe(rows, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(measuring, "peak_memory", lambda *_, **__: None)
+def recipe(rows, tiny_checkpoint, tmp_path):
     for name, part in (("train", rows[:40]), ("test", rows[40:])):
         lines = ["text,label", *(f'"{row["text"]}",{row["label"]}' for row in part)]
         (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -178,11 +177,3 @@ def _prepare(recipe, tmp_path):
 
     with open_run(Path(recipe["output"]), False) as place:
         return prepare(make_recipe(recipe), place, Progress(quiet=True), threads=1)
-
-
-@pytest.fixture(autouse=True)
-def one_core():
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores)})
-    yield
-    os.sched_setaffinity(0, cores)

@@ -15,6 +15,7 @@ from moss_rlhf.recipe import CleanSpec, DataSpec
 from moss_rlhf.rundir import RunDirectory
 
 pytest.importorskip("sklearn")
+pytestmark = pytest.mark.usefixtures("memory_not_measured")
 COLUMNS = (Column("text", "text"), Column("label", "label"))
 QUIET = Progress(quiet=True)
 

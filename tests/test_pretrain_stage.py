@@ -11,6 +11,7 @@ from moss_rlhf.preparing import _folders
 from moss_rlhf.recipe import make_recipe
 from moss_rlhf.rundir import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("memory_not_measured")
 QUICK = {"speed_seconds": 0.1, "speed_rows": 4, "batch_sizes": [1], "resamples": 200}
 
 

@@ -2,19 +2,18 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from moss_rlhf import measuring
 from moss_rlhf.errors import MachineError
 from moss_rlhf.files import read_json
 from moss_rlhf.progress import Progress
 from moss_rlhf.rundir import open_run
 
+pytestmark = pytest.mark.usefixtures("one_core", "memory_not_measured")
 # Runs a recipe again and again, each time in a forked process that kills itself at the next of these points. A process
 # that forks has imported everything once, and computed nothing: no threads to lose.
 KILLER = '''
@@ -124,16 +123,6 @@ def recipe(data, tiny_checkpoint, tmp_path):
         "evaluate": {"batch_sizes": [1], "resamples": 200, "speed_seconds": 0.01},
         "output": str(tmp_path / "run"),
     }
-
-
-@pytest.fixture(autouse=True)
-def one_core(monkeypatch):
-    """Tiny matrices: two threads only wait for each other. And no process for each measurement of memory."""
-    monkeypatch.setattr(measuring, "peak_memory", lambda *_, **__: None)
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores)})
-    yield
-    os.sched_setaffinity(0, cores)
 
 
 def _run(recipe, **options):

@@ -11,6 +11,7 @@ from moss_rlhf.model.locate import read_header
 from moss_rlhf.pipeline import run
 from moss_rlhf.recipe import make_recipe, with_values
 
+pytestmark = pytest.mark.usefixtures("memory_not_measured")
 SIZES = {
     "model_type": "bert",
     "hidden_size": 32,

@@ -8,8 +8,6 @@ import pytest
 import yaml
 
 from moss_rlhf.errors import MossError, RecipeError, UserError
-from moss_rlhf.finetuning import prefix_cache
-from moss_rlhf.pipeline import on_validation, run
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import make_recipe, with_values
 from moss_rlhf.reporting.search import terminal_line, winner_in_words
@@ -23,6 +21,7 @@ BASE = {
     "stages": [{"finetune": {"epochs": 2, "learning_rate": 1e-3}}],
 }
 QUIET = Progress(quiet=True)
+pytestmark = pytest.mark.usefixtures("memory_not_measured")
 
 
 def _recipe(**search_fields):
@@ -171,6 +170,8 @@ def test_another_search_into_the_same_folder_is_another_study(tmp_path):
 
 def test_other_rows_under_the_same_name_are_another_study(tiny_checkpoint, rows, tmp_path, monkeypatch):
     """What the trials came to on other rows is nothing to compare with; the same rows are not tried again."""
+    from moss_rlhf.pipeline import on_validation
+
     seen = []
 
     def counting(recipe, metric, progress):
@@ -183,7 +184,7 @@ def test_other_rows_under_the_same_name_are_another_study(tiny_checkpoint, rows,
         if label:
             with (tmp_path / "train.csv").open("a", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerow(["a text that came later", label])
-        run(recipe)
+        _run(recipe)
         assert len(seen) == trials
 
 
@@ -212,6 +213,13 @@ def test_interval_by_hand():
 def test_a_space_that_can_not_be_searched_is_refused_at_once(space, message):
     with pytest.raises(RecipeError, match=message):
         make_recipe(BASE | {"search": {"space": space}})
+
+
+def _run(recipe):
+    """Imports PyTorch here: the processes that trials get import this file, and need none."""
+    from moss_rlhf.pipeline import run
+
+    return run(recipe)
 
 
 def _real_recipe(tiny_checkpoint, rows, tmp_path, seeds):
@@ -244,19 +252,21 @@ def test_a_real_search_looks_at_validation_alone(tiny_checkpoint, rows, tmp_path
         return quality(self, artifact)
 
     monkeypatch.setattr(Measuring, "quality", spy)
-    report = run(recipe)
+    report = _run(recipe)
     first_test = seen.index("test")
     assert len(seen[:first_test]) == 2 + 2 + 1  # trials, the winner again, the last training
     assert len(report["search"]["trials"]) == 2
     assert len(report["search"]["winner"]["values"]) == 2
     assert yaml.safe_load((tmp_path / "run" / "search" / "best.yaml").read_text())["seed"] == 0
     seen.clear()
-    assert run(recipe)["search"] == report["search"]
+    assert _run(recipe)["search"] == report["search"]
     assert seen == []
 
 
 def test_trials_share_what_frozen_blocks_give(tiny_checkpoint, rows, tmp_path, monkeypatch):
     """Rows run through the blocks once for three trials, once for the winner again, and once for the run itself."""
+    from moss_rlhf.finetuning import prefix_cache
+
     recipe = _real_recipe(tiny_checkpoint, rows, tmp_path, seeds=1)
     training = {"batch_size": 8, "precision": "float32", "cache": "required"}
     recipe["stages"] = [{"finetune": training | {"phases": [{"train": ["head"], "epochs": 2}]}}]
@@ -269,7 +279,7 @@ def test_trials_share_what_frozen_blocks_give(tiny_checkpoint, rows, tmp_path, m
         return fill(self, store, prefix, missing)
 
     monkeypatch.setattr(prefix_cache.PrefixCache, "_fill", spy)
-    report = run(recipe)
+    report = _run(recipe)
     trials = [trial["state"] for trial in report["search"]["trials"]]
     assert trials == ["done"] * 3
     assert filled == [filled[0], 0, 0, filled[0], filled[0]]

@@ -1,6 +1,5 @@
 """trim_vocabulary in a recipe: rows follow the tokenizer, the parent sees its own tokens, a resumed run is the same."""
 
-import os
 import shutil
 from copy import deepcopy
 
@@ -14,6 +13,7 @@ from moss_rlhf.finetuning.distillation import LargerTeacher
 from moss_rlhf.model.vocabulary import ids_in
 from moss_rlhf.tasks.loading import encoded, load
 
+pytestmark = pytest.mark.usefixtures("one_core", "memory_not_measured")
 ALONE = "zebra hotel was good"  # its first word is in no text of train
 
 
@@ -40,19 +40,14 @@ def _recipe(model, rows, place, **fields):
 @pytest.fixture(scope="module")
 def trimmed(tiny_checkpoint, rows, tmp_path_factory):
     place = tmp_path_factory.mktemp("trim")
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores)})
-    try:
-        recipe = _recipe(tiny_checkpoint("bert"), rows, place)
-        report = run(recipe)
-        kept = shutil.copytree(place / "run", place / "kept")
-        (place / "run" / "report.json").unlink()
-        for folder in (place / "run" / "stages").glob("03*"):  # as if killed in the recovery
-            (folder / "done").unlink()
-            shutil.rmtree(folder / "model")
-        return report, kept, run(recipe), place / "run"
-    finally:
-        os.sched_setaffinity(0, cores)
+    recipe = _recipe(tiny_checkpoint("bert"), rows, place)
+    report = run(recipe)
+    kept = shutil.copytree(place / "run", place / "kept")
+    (place / "run" / "report.json").unlink()
+    for folder in (place / "run" / "stages").glob("03*"):  # as if killed in the recovery
+        (folder / "done").unlink()
+        shutil.rmtree(folder / "model")
+    return report, kept, run(recipe), place / "run"
 
 
 def _stage(place, number):

@@ -1,12 +1,13 @@
 """A recipe that ends in int4 for vLLM: measured in PyTorch, shipped packed, and the report says so."""
 
 import csv
-import os
 
 import pytest
 import torch
 
 from moss_rlhf import load, run
+
+pytestmark = pytest.mark.usefixtures("one_core", "memory_not_measured")
 
 
 def test_int4_is_shipped_for_vllm_and_measured_in_pytorch(rows, tiny_checkpoint, tmp_path):
@@ -27,12 +28,7 @@ def test_int4_is_shipped_for_vllm_and_measured_in_pytorch(rows, tiny_checkpoint,
         "export": ["compressed-tensors"],
         "output": str(tmp_path / "run"),
     }
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores)})  # tiny matrices: two threads only wait for each other
-    try:
-        report = run(recipe)
-    finally:
-        os.sched_setaffinity(0, cores)
+    report = run(recipe)
     facts = report["exports"]["compressed-tensors"]
     assert report["after"]["runtime"] == "PyTorch float32"
     assert report["after"]["artifact"] == "model"

@@ -10,23 +10,28 @@ from moss_rlhf.model.grid import quantized_tables, round_to_grid, scheme_grid
 from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.loading import encoded
 
-CASES = [
-    {"scheme": "int8"},
+CASES = [  # plain int8 is in test_contract
     {"scheme": "int8", "method": "gptq"},
     {"scheme": "int8_static"},
-    {"scheme": "int4", "group_size": 8},
     {"scheme": "int4", "group_size": 8, "method": "gptq", "activation_order": True},
     {"scheme": "int4", "group_size": 8, "method": "gptq", "sparsity": 0.5},
+    {"scheme": "int4", "group_size": 8, "method": "awq"},
+]
+PAIRS = [  # of what the others hold one by one
+    {"scheme": "int4", "group_size": 8},
     {"scheme": "int8", "smooth": 0.5},
     {"scheme": "int8", "method": "gptq", "smooth": 0.5},
     {"scheme": "int8_static", "smooth": 0.5},
     {"scheme": "int8", "method": "awq"},
-    {"scheme": "int4", "group_size": 8, "method": "awq"},
 ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", CASES, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize(
+    "options",
+    [*CASES, *(pytest.param(options, marks=pytest.mark.slow) for options in PAIRS)],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
 def test_every_weight_lies_on_the_grid_that_the_weights_alone_tell(family, options, tiny_model, rows_of, tmp_path):
     model = tiny_model(family)
     if options["scheme"] == "int8_static" and model.anatomy.family.kind != "encoder":
@@ -67,7 +72,11 @@ def test_zeros_survive_gptq(family, tiny_model, rows_of):
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "distilbert", "albert", "modernbert")),
     ],
 )
-@pytest.mark.parametrize("options", [{"scheme": "int8"}, {"scheme": "int8_static"}], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({"scheme": "int8"}, marks=pytest.mark.slow), {"scheme": "int8_static"}],
+    ids=["dynamic", "static"],
+)
 def test_onnx_holds_what_was_quantized(family, options, tiny_model, rows_of, tmp_path):
     model = tiny_model(family)
     moss_rlhf.quantize(model, rows_of(model.task), rows=16, **options)
@@ -75,7 +84,11 @@ def test_onnx_holds_what_was_quantized(family, options, tiny_model, rows_of, tmp
     assert facts["difference_to_pytorch"] < 0.1
 
 
-SCALED = [{"method": "awq", "scheme": "int4", "group_size": 8}, {"smooth": 0.5}, {"method": "awq"}]
+SCALED = [
+    {"method": "awq", "scheme": "int4", "group_size": 8},
+    {"smooth": 0.5},
+    pytest.param({"method": "awq"}, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -247,6 +247,7 @@ def load_checkpoint(place: Path, auto_class: Any, *, offload: bool = False) -> M
     raises   ModelError where tensors are missing, too many or of other shapes than declared, or pruned zeros are gone.
     """
     from transformers import AutoConfig
+    from transformers.initialization import no_init_weights  # which draws nothing, and ties nothing
 
     declared = read_config(place)
     ours, shapes = declared.get(KEY, {}), block_shapes(declared)
@@ -254,8 +255,9 @@ def load_checkpoint(place: Path, auto_class: Any, *, offload: bool = False) -> M
     for name in (KEY, "transformers_weights"):
         if hasattr(config, name):
             delattr(config, name)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         network = auto_class.from_config(config, dtype=torch.float32)
+    network.tie_weights()
     _store_everything(network)
     reshape(network, shapes, ours.get("hidden"))
     _load_weights(network, place, offload)

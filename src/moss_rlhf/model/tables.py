@@ -57,7 +57,9 @@ def _stacks(network: Any) -> list[Any]:
 
 
 def _embeddings(network: Any) -> list[nn.Embedding]:
-    return list({id(table): table for table in (stack.get_input_embeddings() for stack in _stacks(network))}.values())
+    """Tables of tokens: those that stacks read, and Marian's `shared`, which has their weights and nothing reads."""
+    weights = {id(stack.get_input_embeddings().weight) for stack in _stacks(network)}
+    return [part for part in network.modules() if isinstance(part, nn.Embedding) and id(part.weight) in weights]
 
 
 def _heads(network: Any) -> list[Any]:
