@@ -9,6 +9,7 @@ Pages of the mapped file do not count: the kernel takes them back when it needs 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import subprocess
@@ -88,8 +89,9 @@ def measure(place: Path, out: Path, method: str, rows: int) -> tuple[int, dict]:
     def watch() -> None:
         status = Path(f"/proc/{child.pid}/status")
         while child.poll() is None:
-            found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
-            peak[0] = max(peak[0], int(found[1]) * 1024 if found else 0)
+            with contextlib.suppress(OSError):  # it may end just now
+                found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
+                peak[0] = max(peak[0], int(found[1]) * 1024 if found else 0)
             time.sleep(0.02)
 
     watcher = threading.Thread(target=watch)

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from moss_rlhf.model.heap import give_back, glibc
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # mallopt(3)
 _DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _TOP_PAD: 128 * 1024, _MMAP_MAX: 65536}
@@ -34,7 +35,7 @@ def bound_kernel_caches() -> None:
 @contextmanager
 def kept_memory() -> Iterator[None]:
     """Keep what is freed until the end, then give it back. On other C libraries nothing happens."""
-    library = _glibc()
+    library = glibc()
     if library is None:
         yield
         return
@@ -43,14 +44,7 @@ def kept_memory() -> Iterator[None]:
         yield
     finally:
         _set(library, _DEFAULTS)
-        library.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    if sys.platform != "linux":
-        return None
-    library = ctypes.CDLL(None)
-    return library if hasattr(library, "gnu_get_libc_version") else None
+        give_back()
 
 
 def _set(library: ctypes.CDLL, values: dict[int, int]) -> None:

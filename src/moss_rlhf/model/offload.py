@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moss_rlhf.model.anatomy import Block
+from moss_rlhf.model.heap import give_back
 
 
 class MappedWeights:
@@ -38,6 +39,7 @@ class MappedWeights:
             parameter.data = parameter.data.to(torch.float32, copy=True)
         yield
         self._store(block)
+        give_back()
 
     def _store(self, block: Block) -> None:
         parameters: dict[str, Any] = dict(block.module.named_parameters())
