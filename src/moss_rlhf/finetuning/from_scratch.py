@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ def _network(config: Mapping[str, Any], tokenizer: Any, kind: str, labels: Seque
     names = dict(enumerate(labels or ()))
     classes = {"id2label": names, "label2id": {name: index for index, name in names.items()}} if names else {}
     filled_in = ids | starts | classes | {"vocab_size": len(tokenizer)}
+    _refuse_misspelt(config["model_type"], values)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -122,3 +124,15 @@ def _network(config: Mapping[str, Any], tokenizer: Any, kind: str, labels: Seque
         ) as error:
             # whatever a family says of sizes that don't fit one another, each in its own way
             raise ModelError(f"from_scratch.config: no {config['model_type']} of such sizes: {error}") from None
+
+
+def _refuse_misspelt(kind: str, values: Mapping[str, Any]) -> None:
+    """A configuration takes any key, older ones too: with hiden_size 32 the hidden size would be 768."""
+    from transformers import AutoConfig
+
+    usual = AutoConfig.for_model(kind)
+    known = {*usual.to_dict(), *usual.attribute_map, *vars(usual)}
+    for name in values:
+        close = [] if name in known else difflib.get_close_matches(str(name), known, n=1, cutoff=0.85)
+        if close:
+            raise ModelError(f"from_scratch.config: a {kind} has no {name}; did you mean {close[0]!r}?")
