@@ -252,7 +252,7 @@ def test_options_of_fine_tuning_from_a_recipe():
         ({"phases": [{"schedule": "reduce_on_plateau"}]}, "follows the evaluations of all phases"),
         ({"movement": {"sparsity": 0.5}, "unfreeze": "gradual"}, "a begin of at least 0.5"),
         ({"movement": {"sparsity": 0.5}, "unfreeze": "head_first"}, "a begin of at least 0.333"),
-        ({"movement": {"sparsity": 0.5}, "phases": [{"train": ["head"]}]}, "until 1: .* end with train: all"),
+        ({"movement": {"sparsity": 0.5}, "phases": [{"train": ["head"]}]}, "they can't be scored. end with train: all"),
         ({"movement": {"sparsity": 0.5}, "phases": [{"train": ["head"]}, {"epochs": 3}]}, "a begin of at least 0.25"),
         ({"quantization_aware": {"scheme": "int4", "activations": True}}, "rounded by int8 alone"),
     ],
