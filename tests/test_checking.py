@@ -401,6 +401,36 @@ def test_windows_that_the_runtime_leaves_out_are_refused(tiny_checkpoint, rows_o
         moss_rlhf.export(load(place), tmp_path / "out", format="ctranslate2")
 
 
+PARTS = [
+    ({"adapter": {"targets": ["qkv"]}}, r"adapter\.targets: no matrix of a block is called 'qkv'; .*query"),
+    ({"adapter": {"targets": ["self.query"]}}, None),
+    ({"distill": {"attention": 1, "relation_heads": 7}}, r"relation_heads: 7 does not divide 16, the features .*of 16"),
+    ({"distill": {"attention": 1, "relation_heads": 4}}, None),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), PARTS)
+def test_what_a_training_names_is_there_after_narrowing(fields, message, tiny_checkpoint, data, tmp_path):
+    recipe = _recipe(
+        tiny_checkpoint("bert", LABELS), data, tmp_path / "run", [{"narrow": {"heads": 0.5}}, {"finetune": fields}]
+    )
+    with nullcontext() if message is None else pytest.raises(RecipeError, match=message):
+        check(recipe)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("search", {"space": {"seed": [0, 1]}, "rows": 1}),
+        ("data.collect", {"count": 1, "keywords": ["good"], "diversity": 0}),
+    ],
+)
+def test_fewer_rows_than_classes_are_refused(field, value, tiny_checkpoint, data, tmp_path):
+    recipe = with_values(_recipe(tiny_checkpoint("bert", LABELS), data, tmp_path / "run"), {field: value})
+    with pytest.raises(RecipeError, match=r"(search\.rows|data\.collect\.count): 1 is less than a row of each of 2 cl"):
+        check(recipe)
+
+
 def test_a_teachers_labels_have_the_same_order(tiny_checkpoint, data, tmp_path):
     stage = {"finetune": {"distill": {"teacher": str(tiny_checkpoint("bert", LABELS[::-1]))}}}
     with pytest.raises(ModelError, match="Give one of the same labels in the same order"):

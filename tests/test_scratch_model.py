@@ -73,6 +73,7 @@ def test_it_is_made_once_and_named_by_what_decides_it(recipe, tmp_path):
             ModelError,
             r"model\.config: a bert has no hiden_size; did you mean .hidden_size.",
         ),
+        ({"model.config.num_hidden_layers": 0}, ModelError, r"model\.config: num_hidden_layers is 0; give at least 1"),
         ({"model.config.hidden_size": 33}, ModelError, r"model\.config: no bert of such sizes: .*33.* not a multiple"),
         ({"model.config.hidden_size": "wide"}, ModelError, r"model\.config: no bert of such sizes: .*hidden_size"),
         ({"model.config.model_type": "brt"}, ModelError, "'brt' is not known"),

@@ -86,7 +86,10 @@ FIELDS = {
     "negative seed": ("seed=-1", r"seed: -1 can't be used"),
     "unknown runtime": ("export=[tflite]", r"export\.0: 'tflite' can't be used; .*'onnx'"),
     "narrow removes nothing": ("stages.1.narrow={heads: 0}", r"stages\.1\.narrow: removes nothing; give heads"),
-    "quantize before finetune": ("stages.1=quantize", r"stages: stage 1 is quantize, and finetune follows.*to the end"),
+    "quantize before finetune": (
+        "stages.1=quantize",
+        r"stages: stages\.1 is quantize, and finetune follows.*to the end",
+    ),
     "less than a unit": (
         "stages.1.narrow.heads=0.1",
         r"stages\.1\.narrow: heads 0\.1 would remove nothing of 4 heads",

@@ -35,6 +35,7 @@ from moss_rlhf.evaluation import (
 from moss_rlhf.examples import changed_examples, confusions, moved_examples, rewritten_examples
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.device import on_accelerator
+from moss_rlhf.model.fingerprint import network_digest
 from moss_rlhf.model.runtime import (
     Batch,
     TorchRuntime,
@@ -126,7 +127,7 @@ class Measuring:
             measured[name]["translated"] = len(translations.texts)
         return {
             **{name: measured.get(name) for name in artifacts},
-            "gain": self._gain(before, measured, {**answers, **written}),
+            "gain": self._gain(before, after, measured, {**answers, **written}),
             "calibration": self._calibration(after, answers, validation),
             **self._examples(answers, after, texts),
             "rewritten": self._rewritten(written, texts),
@@ -161,13 +162,15 @@ class Measuring:
         return ["BLEU and chrF are left out: sacrebleu is not installed (pip install 'moss-rlhf[translation]')."]
 
     def _gain(
-        self, before: Artifact | None, measured: Mapping[str, Any], answers: Mapping[str, Answers]
+        self, before: Artifact | None, after: Artifact, measured: Mapping[str, Any], answers: Mapping[str, Answers]
     ) -> dict[str, Any] | None:
         if before is None or not comparable(answers["before"], answers["after"]):
             return None
         first, second = measured["before"], measured["after"]
+        same = first["runtime"] == second["runtime"] and first["bytes"] == second["bytes"]
         sizes = [str(size) for size in self.spec.batch_sizes]
         return {
+            "identical": same and network_digest(before.model.network) == network_digest(after.model.network),
             "metric": gain_of(TASKS[before.model.task], answers["before"], answers["after"], **self._intervals),
             "size": first["bytes"] / second["bytes"],
             "speedup": {size: second["throughput"][size] / first["throughput"][size] for size in sizes},

@@ -28,6 +28,16 @@ def test_auto_is_the_parent_after_compression_alone():
     assert _teachers(_recipe("finetune", PRUNE, "finetune", "finetune")) == [None, DistillSpec(), DistillSpec()]
 
 
+def test_auto_is_nobody_where_rows_are_mixed():
+    mixed = {"finetune": {"mixup": 0.2}}
+    assert _teachers(_recipe("finetune", PRUNE, mixed)) == [None, None]
+
+
+def test_an_ensemble_mixes_no_rows():
+    with pytest.raises(RecipeError, match="mixed rows have no answer of theirs; leave mixup out"):
+        _recipe({"ensemble": {"finetune": {"mixup": 0.2}}})
+
+
 def test_auto_asks_no_head_that_was_never_trained():
     assert _teachers(_recipe(PRUNE, "finetune")) == [None]
     assert _teachers(_recipe(PRUNE, "finetune"), trained=True) == [DistillSpec()]

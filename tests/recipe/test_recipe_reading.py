@@ -190,7 +190,7 @@ _PRUNE_SHARE = "stages.0.prune: give sparsity, such as 0.5, or a pattern N:M, wh
         ({"stages": [{"finetune": {}, "quantize": {}}]},
          "stages.0: a stage is one kind with its fields, such as finetune: {epochs: 3}."),
         ({"stages": ["quantize", "finetune"]},
-         "stages: stage 0 is quantize, and finetune follows it; move quantize to the end."),
+         "stages: stages.0 is quantize, and finetune follows it; move quantize to the end."),
         ({"stages": [{"finetune": {"epochs": "true"}}]},
          "stages.0.finetune.epochs: 'true' can't be used; it must be a whole number."),
         ({"data": {"train": 3}}, "data.train: 3 can't be used; it must be text or be a mapping of fields."),

@@ -29,6 +29,25 @@ def test_too_few_rows_are_not_called_no_loss(report):
     assert summary.headline(report) == "Faster, smaller, a loss of accuracy not ruled out"
 
 
+def test_three_answers_that_all_fell_are_no_proof(report):
+    report["gain"]["metric"] |= {"delta": -0.05, "low": -0.117, "high": -0.016, "p_value": 0.25}
+    assert summary.headline(report) == "Faster, smaller, a loss of accuracy not ruled out"
+
+
+def test_answers_that_never_differ_are_told_by_the_rule_of_three(report):
+    report["gain"]["metric"] |= {"delta": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
+    report["after"]["rows"] = 60
+    text = " ".join(summary.reasons(report))
+    assert "No answer counted differently. With 95 % confidence, less than 5 % of new texts would (3 / rows)." in text
+    assert "±0.000" not in text
+
+
+def test_a_model_against_itself_is_neither_faster_nor_slower(report):
+    report["gain"] |= {"identical": True, "size": 1.0}
+    assert summary.headline(report) == "Before and after are the same model: nothing was compressed"
+    assert summary.speed_ratios(report["gain"]) == (1.0, 1.0)
+
+
 def test_speed_that_pulls_both_ways_is_not_called_faster(report):
     report["gain"]["latency"] = {"1": 0.5}
     assert summary.headline(report).startswith("More texts per second but higher latency, smaller")

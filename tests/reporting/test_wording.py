@@ -101,3 +101,11 @@ def test_a_perplexity_that_falls_is_better(low, high, mark):
     assert wording.mark_of_metric(lower) == mark
     words = {"better": "perplexity fell, outside", "worse": "perplexity rose, outside", "same": "no significant"}
     assert words[mark] in wording.change_in_words(lower, 0.95)
+
+
+def test_an_interval_without_zero_is_no_proof_where_the_exact_test_says_chance():
+    """Three answers of 60 that all became wrong: no resample sees another side, and three coins may fall alike."""
+    fall = {"name": "accuracy", "delta": -0.05, "low": -0.117, "high": -0.016, "p_value": 0.25}
+    assert wording.mark_of_metric(fall) == "same"
+    assert wording.change_in_words(fall, 0.95).endswith("−0.016: no significant difference (p = 0.25)")
+    assert wording.mark_of_metric(fall | {"p_value": 0.01}) == "worse"

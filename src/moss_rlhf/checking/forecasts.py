@@ -231,7 +231,7 @@ def _no_cache(
     existing = next(parent for parent in [output, *output.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if size > min(options.bytes, free):
-        return f"their outputs take about {size / 1e9:.2f} GB; {min(options.bytes, free) / 1e9:.2f} GB may be used"
+        return f"their outputs take about {size / 1e6:,.1f} MB; {min(options.bytes, free) / 1e6:,.1f} MB may be used"
     return None
 
 

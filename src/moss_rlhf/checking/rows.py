@@ -103,6 +103,7 @@ def check_labels(recipe: Recipe, config: dict[str, Any], labels: Sequence[str]) 
     """A checkpoint of ours serves the labels it was trained for, a teacher knows the same, and weights are for them."""
     if not TASKS[recipe.task].has_classes:
         return
+    _check_enough(recipe, labels)
     for index, stage in enumerate(recipe.stages):
         spec, training = stage_spec(stage), training_of(stage_spec(stage))
         if training and training.loss and isinstance(training.loss.class_weights, dict):
@@ -167,6 +168,17 @@ def trains_on_copies(augment: AugmentSpec | None, spec: object) -> bool:
     if augment is None or not isinstance(spec, FinetuneSpec):
         return False
     return augment.use == "always" or isinstance(spec.distill, DistillSpec)
+
+
+def _check_enough(recipe: Recipe, labels: Sequence[str]) -> None:
+    """No part of the rows that is asked for is smaller than a row of each class."""
+    asked = {
+        "search.rows": recipe.search.rows if recipe.search else None,
+        "data.collect.count": recipe.data.collect.count if recipe.data.collect else None,
+    }
+    for field, count in asked.items():
+        if count is not None and count < len(labels):
+            raise RecipeError(f"{field}: {count} is less than a row of each of {len(labels)} classes. Give more.")
 
 
 def _check_weights(weights: Mapping[str, float], labels: Sequence[str], field: str) -> None:

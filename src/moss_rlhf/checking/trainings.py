@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +12,8 @@ from moss_rlhf.checking.fields import field_of, training_of
 from moss_rlhf.checking.teachers import check_layer_map, check_teacher
 from moss_rlhf.data.texts import read_texts
 from moss_rlhf.errors import MachineError, RecipeError, nearest
-from moss_rlhf.model.anatomy import BlockShape, family_of
-from moss_rlhf.model.config import KEY, group_names, hidden_size, read_config
+from moss_rlhf.model.anatomy import BlockShape, family_of, matrix_names
+from moss_rlhf.model.config import KEY, group_names, head_size, hidden_size, queries_per_key, read_config
 from moss_rlhf.recipe import (
     AdapterSpec,
     DistillSpec,
@@ -50,7 +51,21 @@ def check_finetuning(
         _check_adapter(recipe, index, spec.adapter, config, f"{field}.adapter")
     if isinstance(spec.distill, DistillSpec):
         check_teacher(recipe, index, spec.distill.teacher, config, f"{field}.distill.teacher")
+        _check_relations(spec.distill, shapes, config, f"{field}.distill.relation_heads")
         check_layer_map(spec.distill, depths, stages_before_compression(recipe), f"{field}.distill.layers")
+
+
+def _check_relations(distill: DistillSpec, shapes: Sequence[BlockShape], config: dict[str, Any], field: str) -> None:
+    """Whether the student's attentions can be split into the relation heads asked for."""
+    asked, size, shared = distill.relation_heads, head_size(config), queries_per_key(config)
+    if asked == "auto" or not distill.attention:
+        return
+    widths = {count * size for shape in shapes for count in (shape.heads, max(1, shape.heads // shared))}
+    if any(width % asked for width in widths):
+        raise RecipeError(
+            f"{field}: {asked} does not divide {', '.join(map(str, sorted(widths)))}, the features of the student's "
+            f"projections. Give a divisor of {math.gcd(*widths)}, or auto."
+        )
 
 
 def _check_task(spec: FinetuneSpec, name: str, config: dict[str, Any], field: str) -> None:
@@ -102,6 +117,10 @@ def _check_adapter(recipe: Recipe, index: int, adapter: AdapterSpec, config: dic
     """Whether peft is there, and merging would undo no pruning that is to stay."""
     if find_spec("peft") is None:
         raise MachineError(f"{field}: peft is not installed. Install it with: pip install 'moss-rlhf[adapters]'.")
+    known = matrix_names(family_of(config["model_type"]))
+    for name in () if isinstance(adapter.targets, str) else adapter.targets:
+        if name.rpartition(".")[2] not in known:
+            raise RecipeError(f"{field}.targets: no matrix of a block is called {name!r}; {nearest(name, known)}")
     pruned = config.get(KEY, {}).get("pruned") or any(
         isinstance(stage_spec(stage), PruneSpec) for stage in recipe.stages[:index]
     )

@@ -10,7 +10,7 @@ from moss_rlhf.exporting.compressed_tensors import export_compressed_tensors
 from moss_rlhf.exporting.ctranslate2 import export_ctranslate2
 from moss_rlhf.exporting.onnx import export_onnx
 from moss_rlhf.files import refuse_foreign_files
-from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.checkpoint import Model, takes_model
 from moss_rlhf.tasks import TASKS
 from moss_rlhf.tasks.batching import batches_of
 
@@ -18,6 +18,7 @@ FORMATS = ("auto", "onnx", "ctranslate2", "compressed-tensors")
 SENTENCES = ("What a film!", "The room was cold, and nobody came when we called the desk twice.", "这家店的面很好吃")
 
 
+@takes_model
 def export(
     model: Model, place: str | Path, texts: Sequence[str] = SENTENCES, *, format: str = "auto"
 ) -> dict[str, object]:

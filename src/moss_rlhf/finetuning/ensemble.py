@@ -23,7 +23,7 @@ from moss_rlhf.files import keep_curves, read_json, write_json
 from moss_rlhf.finetuning.finetune import finetune as fine_tune
 from moss_rlhf.finetuning.options import Distillation, option
 from moss_rlhf.finetuning.running import Training, training_folder
-from moss_rlhf.model.checkpoint import Model, load_checkpoint, save_checkpoint
+from moss_rlhf.model.checkpoint import Model, load_checkpoint, save_checkpoint, takes_model
 from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import FinetuneSpec
@@ -56,6 +56,7 @@ class _Member:
         return self.folder / "facts.json"
 
 
+@takes_model
 def ensemble(
     model: Model,
     train: Any,
@@ -66,7 +67,7 @@ def ensemble(
     finetune: Mapping[str, Any] | None = None,
     distill: Distillation | Mapping[str, Any] | None = None,
     seed: int = 0,
-    workspace: Path | None = None,
+    workspace: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Training:
     """Fine-tune `members` copies of a classifier, and teach `model`, in place, the mean of their probabilities.
@@ -135,6 +136,8 @@ def _check(members: int, by: str, options: Mapping[str, Any]) -> None:
         if name not in known:
             raise RecipeError(f"ensemble.finetune: {name!r} can't be given here; {nearest(name, known)}")
     check_options(FinetuneSpec, options, "ensemble.finetune")
+    if options.get("mixup"):
+        raise RecipeError("ensemble.finetune.mixup: mixed rows have no members' answer of their own. Leave it out.")
 
 
 def stratified_folds(labels: Ids, folds: int, seed: int, names: tuple[str, ...] | None = None) -> Ids:

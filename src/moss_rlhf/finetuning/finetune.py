@@ -68,7 +68,7 @@ from moss_rlhf.finetuning.running import (
 )
 from moss_rlhf.finetuning.sampling import epoch_batches
 from moss_rlhf.finetuning.trainer import SAVE_EVERY_SECONDS, Plan, checkpoints
-from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.checkpoint import Model, takes_model
 from moss_rlhf.model.reinitialise import draw_blocks
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import FinetuneSpec
@@ -79,6 +79,7 @@ from moss_rlhf.tasks import TASKS, Task, TextClassification, TextGeneration
 from moss_rlhf.tasks.loading import encoded
 
 
+@takes_model
 @follows(FinetuneSpec, "finetune")
 def finetune(
     model: Model,
@@ -123,8 +124,8 @@ def finetune(
     distill: Distillation | Mapping[str, Any] | None = None,
     adapter: Adapter | Mapping[str, Any] | None = None,
     seed: int = 0,
-    workspace: Path | None = None,
-    cache_folder: Path | None = None,
+    workspace: str | Path | None = None,
+    cache_folder: str | Path | None = None,
     save_every_seconds: float = SAVE_EVERY_SECONDS,
     progress: Progress | None = None,
 ) -> Training:
@@ -200,6 +201,7 @@ def finetune(
     if distill is not None and teacher is None:
         raise RecipeError("finetune.distill: there is no teacher. Give one, such as teacher=load(path).")
     task, progress = TASKS[model.task], progress or Progress(quiet=True)
+    workspace, cache_folder = (None if place is None else Path(place) for place in (workspace, cache_folder))
     train, validation = _rows(model, train, "train"), _rows(model, validation, "validation")
     if packing:
         check_packing(model, train)

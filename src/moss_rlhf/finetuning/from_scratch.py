@@ -112,6 +112,7 @@ def _network(config: Mapping[str, Any], tokenizer: Any, kind: str, labels: Seque
         torch.manual_seed(seed)
         try:
             ready = AutoConfig.for_model(config["model_type"], **(values | filled_in))
+            _refuse_no_blocks(ready.to_dict())
             return TASKS[_OWN_TASK[kind]].auto_class().from_config(ready).eval()
         except (
             StrictDataclassError,
@@ -124,6 +125,12 @@ def _network(config: Mapping[str, Any], tokenizer: Any, kind: str, labels: Seque
         ) as error:
             # whatever a family says of sizes that don't fit one another, each in its own way
             raise ModelError(f"from_scratch.config: no {config['model_type']} of such sizes: {error}") from None
+
+
+def _refuse_no_blocks(config: Mapping[str, Any]) -> None:
+    for stack in family_of(config["model_type"]).stacks:
+        if int(config[stack.layers]) < 1:
+            raise ModelError(f"from_scratch.config: {stack.layers} is {config[stack.layers]}; give at least 1.")
 
 
 def _refuse_misspelt(kind: str, values: Mapping[str, Any]) -> None:

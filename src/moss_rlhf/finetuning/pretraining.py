@@ -34,7 +34,7 @@ from moss_rlhf.finetuning.running import (
 )
 from moss_rlhf.finetuning.sampling import epoch_batches
 from moss_rlhf.finetuning.trainer import SAVE_EVERY_SECONDS, Plan
-from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.checkpoint import Model, takes_model
 from moss_rlhf.progress import Progress
 from moss_rlhf.recipe import PretrainSpec
 from moss_rlhf.recipe.options import follows
@@ -44,6 +44,7 @@ FEW_TEXTS = 5000
 """Fewer can do harm: on TREC's 5,452 questions the error rose from 2.80 to 3.20 % (arXiv:1905.05583, table 8)."""
 
 
+@takes_model
 @follows(PretrainSpec, "pretrain")
 def pretrain(
     model: Model,
@@ -68,7 +69,7 @@ def pretrain(
     evaluations_per_epoch: int = 1,
     precision: Precision = "auto",
     seed: int = 0,
-    workspace: Path | None = None,
+    workspace: str | Path | None = None,
     save_every_seconds: float = SAVE_EVERY_SECONDS,
     progress: Progress | None = None,
 ) -> Training:

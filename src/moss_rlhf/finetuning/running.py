@@ -94,10 +94,12 @@ def judge_of(task: Task, metric: str | None, since: int = 0) -> Judge:
 
 
 @contextmanager
-def training_folder(workspace: Path | None) -> Iterator[Path]:
+def training_folder(workspace: str | Path | None) -> Iterator[Path]:
+    """Where checkpoints go; without a workspace, a folder that is gone at the end."""
     if workspace is not None:
-        workspace.mkdir(parents=True, exist_ok=True)
-        yield workspace
+        place = Path(workspace)
+        place.mkdir(parents=True, exist_ok=True)
+        yield place
     else:
         with tempfile.TemporaryDirectory(prefix="moss-") as folder:
             yield Path(folder)

@@ -296,6 +296,17 @@ def refuse_groups(groups: int, blocks: int) -> None:
 # --- one network ---------------------------------------------------------------------------------------------------
 
 
+def matrix_names(family: Family) -> set[str]:
+    """Last parts of the names that the matrices of a family's blocks have."""
+    found: set[str] = set()
+    for stack in family.stacks:
+        for part in filter(None, (stack.attention, stack.cross_attention)):
+            found |= {*part.producers, *part.optional, part.output}
+        for widths in stack.feed_forward:
+            found |= {*widths.ups, widths.down}
+    return {name.rpartition(".")[2] for name in found}
+
+
 @dataclass(frozen=True)
 class BlockShape:
     """What can differ from block to block. `cross_heads` is 0 where there is no cross-attention."""

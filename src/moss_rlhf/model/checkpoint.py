@@ -17,10 +17,11 @@ where all but the task are absent if there is nothing to say. A block with cross
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -120,6 +121,26 @@ class Model:
         )
 
 
+Given = ParamSpec("Given")
+Returned = TypeVar("Returned")
+
+
+def takes_model(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
+    """A function whose first argument is a Model; ModelError on a path or a bare network."""
+
+    @wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Returned:
+        first = args[0] if args else kwargs.get("model")
+        if not isinstance(first, Model):
+            raise ModelError(
+                f"{function.__name__}: takes a Model, got {type(first).__name__}. Open a checkpoint with "
+                "moss_rlhf.load(path)."
+            )
+        return function(*args, **kwargs)
+
+    return call
+
+
 def load_pretrained(
     place: Path, task: str, auto_class: Any, labels: Sequence[str] | None, trust_remote_code: bool = False
 ) -> Model:
@@ -135,7 +156,7 @@ def load_pretrained(
         if labels is not None and model.labels != tuple(labels):
             raise ModelError(
                 f"{place}: was trained for the labels {', '.join(model.labels)}; the data has {', '.join(labels)}. "
-                "Give data with the same labels."
+                "Give the same labels in the same order."
             )
         return model
     same_head = labels is None or trained_labels(config) == tuple(labels)
@@ -367,6 +388,7 @@ def _assert_zeros(pruned: dict[str, nn.Parameter], place: Path) -> None:
             )
 
 
+@takes_model
 def save_checkpoint(model: Model, place: str | Path) -> None:
     """Write a checkpoint that stands alone, whole or not at all.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import BlockShape
-from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.checkpoint import Model, takes_model
 from moss_rlhf.model.cost import block_macs, units_kept
 from moss_rlhf.model.damage import Kept, after_narrowing
 from moss_rlhf.model.latency import Measure
@@ -54,6 +54,7 @@ _CRITERIA: tuple[Criterion, ...] = (*SCORES, "sensitivity")
 _COPIED_BYTES = 2**30  # a network up to this size is copied to be timed beside the narrowed one
 
 
+@takes_model
 @follows(NarrowSpec, "narrow")
 def narrow(
     model: Model,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import Block, Matrix
-from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.checkpoint import Model, takes_model
 from moss_rlhf.model.damage import after_pruning
 from moss_rlhf.model.replay import InputStatistics, calibrate, visit_blocks
 from moss_rlhf.optimization.allocation import outlier_ratio, sparsities_by_outliers
@@ -39,6 +39,7 @@ _VERDICT = {
 }
 
 
+@takes_model
 @follows(PruneSpec, "prune")
 def prune(
     model: Model,

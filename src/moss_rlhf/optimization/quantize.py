@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import Matrix
-from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.checkpoint import Model, takes_model
 from moss_rlhf.model.damage import after_pruning, after_rounding
 from moss_rlhf.model.grid import Grid, quantized_tables, round_to_grid, scheme_grid
 from moss_rlhf.model.processor import fast_int8, processor_flags
@@ -38,6 +38,7 @@ _SCHEMES: Mapping[str, str] = {
 }
 
 
+@takes_model
 @follows(QuantizeSpec, "quantize")
 def quantize(
     model: Model,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import Block, Matrix
-from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.checkpoint import Model, takes_model
 from moss_rlhf.model.fingerprint import network_digest
 from moss_rlhf.model.grid import integer_grid, round_to_grid
 from moss_rlhf.model.replay import Batch, InputStatistics, Replay
@@ -67,6 +67,7 @@ def matrix_damage(weight: Tensor, statistics: InputStatistics, gradient: Tensor)
     }
 
 
+@takes_model
 @follows(SensitivitySpec, "sensitivity")
 def sensitivity(
     model: Model, train: Any, *, rows: int = 256, seed: int = 0, progress: Progress | None = None

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from moss_rlhf.errors import ModelError
 from moss_rlhf.model.anatomy import Anatomy
-from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.checkpoint import Model, takes_model
 from moss_rlhf.model.damage import after_shortening
 from moss_rlhf.model.limits import depth_fault, shortening_fault
 from moss_rlhf.optimization.calibration import calibration_rows, compare_speed, labelled_batches, mean_loss
@@ -33,6 +33,7 @@ WhichStack = Literal["auto", "encoder", "decoder"]
 _HELD_OUT = 4  # every fourth row, where ways are compared
 
 
+@takes_model
 @follows(ShortenSpec, "shorten")
 def shorten(
     model: Model,

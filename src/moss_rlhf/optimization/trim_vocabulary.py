@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from moss_rlhf.errors import DataError, ModelError
-from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.checkpoint import Model, takes_model
 from moss_rlhf.model.tables import has_token_head, keep_tokens, tokens_in_configs
 from moss_rlhf.model.vocabulary import KINDS, Vocabulary, rewrite, words, words_probe
 from moss_rlhf.optimization.soundness import refuse_not_finite
@@ -32,6 +32,7 @@ _AT_ONCE = 1000  # texts
 _NO_ID = -1
 
 
+@takes_model
 @follows(TrimVocabularySpec, "trim_vocabulary")
 def trim_vocabulary(
     model: Model,

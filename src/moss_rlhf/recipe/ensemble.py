@@ -35,6 +35,10 @@ class EnsembleSpec(Spec):
             raise PydanticCustomError(
                 "nothing", "the members are the teachers; leave finetune.distill out, and say how in ensemble.distill"
             )
+        if self.finetune.mixup:
+            raise PydanticCustomError(
+                "nothing", "the one learns from the members, and mixed rows have no answer of theirs; leave mixup out"
+            )
         alone = self.finetune.model_copy(update={"distill": None})
         self.__dict__["finetune"] = alone  # frozen for everyone else: auto finds no teacher but the members
         return self

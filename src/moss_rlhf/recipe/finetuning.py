@@ -47,7 +47,7 @@ class AverageSpec(Spec):
     @model_validator(mode="after")
     def _one(self) -> AverageSpec:
         if (self.last is None) == (self.best is None):
-            raise PydanticCustomError("nothing", "give either last or best, such as {{best: 3}}")
+            raise PydanticCustomError("nothing", "give either last or best, such as best: 3")
         return self
 
 

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from moss_rlhf.recipe.compression import QuantizeSpec
 from moss_rlhf.recipe.data import DataSpec
+from moss_rlhf.recipe.ensemble import EnsembleSpec
 from moss_rlhf.recipe.finetuning import DistillSpec, FinetuneSpec, QuantizationAwareSpec
 from moss_rlhf.recipe.scratch import ScratchSpec
 from moss_rlhf.recipe.search import SearchSpec
@@ -60,7 +61,7 @@ class Recipe(Spec):
             position = kinds.index("quantize")
             raise PydanticCustomError(
                 "order",
-                "stage {position} is quantize, and {next} follows it; move quantize to the end",
+                "stages.{position} is quantize, and {next} follows it; move quantize to the end",
                 {"position": position, "next": kinds[position + 1]},
             )
         return stages
@@ -72,12 +73,13 @@ class Recipe(Spec):
         trained, place = None, 0
         for position, stage in enumerate(stages):
             spec = stage_spec(stage)
-            if isinstance(spec, FinetuneSpec) and spec.quantization_aware:
-                trained, place = spec.quantization_aware, position
+            training = spec.finetune if isinstance(spec, EnsembleSpec) else spec
+            if isinstance(training, FinetuneSpec) and training.quantization_aware:
+                trained, place = training.quantization_aware, position
             if isinstance(spec, QuantizeSpec) and trained and not _same_grid(trained, spec):
                 raise PydanticCustomError(
                     "order",
-                    "stage {place} trains for {trained}, and stage {position} quantizes to {scheme} on another grid; "
+                    "stages.{place} trains for {trained}, and stages.{position} quantizes to {scheme} on another grid; "
                     "give both the same scheme and group_size",
                     {"place": place, "trained": trained.scheme, "position": position, "scheme": spec.scheme},
                 )
@@ -111,7 +113,8 @@ def settle_distillation(recipe: Recipe, source_is_trained: bool) -> Recipe:
     def settled(index: int, stage: Stage) -> Stage:
         if not isinstance(stage, FinetuneStage) or stage.finetune.distill != "auto":
             return stage
-        distill = DistillSpec() if trained and index >= parent else None
+        mixes = stage.finetune.mixup > 0  # mixed rows have no teacher's answer of their own
+        distill = DistillSpec() if trained and index >= parent and not mixes else None
         return FinetuneStage(finetune=stage.finetune.model_copy(update={"distill": distill}))
 
     stages = [settled(index, stage) for index, stage in enumerate(recipe.stages)]

@@ -100,6 +100,7 @@ def sensitivity_chart(
     names, values = _with_gaps(groups, len(influences))
     costs = [value for column in values for value in column if value is not None and value > 0]
     low, high = _decades(costs)
+    ticks = range(low, high + 1, max(1, -(-(high - low) // 3)))  # four at most: a chart of few blocks is low
     figure = _panels()
     rows = list(zip(*values, strict=True))
     losses = {
@@ -109,8 +110,8 @@ def sensitivity_chart(
         "hovertemplate": "%{y}, %{text}: loss + %{customdata}<extra></extra>",
         "colorbar": {
             "title": {"text": "loss", "side": "top"},
-            "tickvals": list(range(low, high + 1)),
-            "ticktext": [f"10<sup>{power}</sup>" for power in range(low, high + 1)],
+            "tickvals": list(ticks),
+            "ticktext": [f"10<sup>{power}</sup>" for power in ticks],
             "thickness": 12,
         },
     }

@@ -45,6 +45,8 @@ def largest_batch(values: Mapping[str, Any] | None) -> str | None:
 
 def speed_ratios(gain: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """The two that the verdict gives: throughput of the largest batch, latency of the smallest; None if unmeasured."""
+    if gain.get("identical"):  # what differs is the machine's noise
+        return 1.0, 1.0
     speedup, latency = gain["speedup"], gain["latency"]
     return speedup.get(largest_batch(speedup)), latency.get(smallest_batch(latency))
 
@@ -57,6 +59,8 @@ def headline(report: Report) -> str:
     gain = report["gain"]
     if gain is None:
         return "Nothing to compare with"
+    if gain.get("identical"):
+        return "Before and after are the same model: nothing was compressed"
     words = [_speed_word(gain), _size_word(gain), _metric_word(gain["metric"], _tolerable_loss(report))]
     text = ", ".join(word for word in words if word)
     return text[0].upper() + text[1:]
@@ -172,6 +176,9 @@ def _how_sure(report: Report) -> str:
     chance = "" if change["p_value"] is None else f" (p = {wording.significant(change['p_value'], 2)})"
     bounds = f"{wording.signed(low)} and {wording.signed(high)}"
     sure = f"With {wording.percent(confidence(report))} confidence"
+    if low == high == 0:  # resampling what never differs tells nothing: the rule of three does (Hanley 1983)
+        most = wording.percent(3 / report["after"]["rows"])
+        return f"No answer counted differently. {sure}, less than {most} of new texts would (3 / rows)."
     sentence = f"{sure} the true change of {name} lies between {bounds}{chance}."
     worst = _worst_loss(change)
     if wording.mark_of_metric(change) != "same" or worst < 0.0005:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 NOT_MEASURED = "not measured"
 Mark = Literal["better", "worse", "same", "unknown"]
+_CHANCE = 0.05  # a p-value from which a difference may well be chance
 
 
 def _if_measured(words: Callable[[float], str]) -> Callable[[float | None], str]:
@@ -138,10 +139,15 @@ def mark_of_ratio(ratio: float | None) -> Mark:
 
 
 def mark_of_metric(change: Mapping[str, Any]) -> Mark:
-    """Better or worse only where the interval of the difference leaves out zero; which, the metric's direction says."""
+    """Better or worse only where the interval of the difference leaves out zero, and the test agrees.
+
+    Of few answers that all changed to one side every resample does, too: the interval leaves out zero, and an exact
+    test says that three coins may well fall alike. Which of the two it is, the metric's direction says.
+    """
     if change["low"] is None or change["high"] is None:
         return "unknown"
-    if change["low"] <= 0 <= change["high"]:
+    chance = change.get("p_value")
+    if change["low"] <= 0 <= change["high"] or (chance is not None and chance >= _CHANCE):
         return "same"
     return "better" if (change["low"] > 0) != lower_is_better(change) else "worse"
 
@@ -171,4 +177,6 @@ def change_in_words(change: Mapping[str, Any], confidence: float) -> str:
         "worse": f"{name_in_words(change['name'])} {moved}, outside what chance explains",
     }[mark]
     bounds = f"{signed(change['low'])} to {signed(change['high'])}"
+    if mark == "same" and not change["low"] <= 0 <= change["high"]:
+        conclusion += f" (p = {significant(change['p_value'], 2)})"
     return f"{signed(change['delta'])}, {percent(confidence)} interval {bounds}: {conclusion}"

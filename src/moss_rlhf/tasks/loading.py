@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moss_rlhf.data.labels import label_name
 from moss_rlhf.errors import DataError, ModelError
 from moss_rlhf.model.checkpoint import Model, load_checkpoint, load_pretrained
 from moss_rlhf.model.config import KEY, read_config, refuse_foreign_grid, trained_labels
 from moss_rlhf.model.locate import locate
 from moss_rlhf.tasks import TASKS, TextClassification, usual_task
+
+_LEAST_CLASSES = 2
 
 
 def load(
@@ -44,13 +47,25 @@ def load(
         return load_checkpoint(place, auto_class)
     if not TASKS[name].has_classes:
         return load_pretrained(place, name, auto_class, None)
-    names = labels if labels is not None else trained_labels(config)
+    names = trained_labels(config) if labels is None else label_names(labels)
     if names is None:
         raise ModelError(
             f"{place}: its head was never trained for {name}. Give the class names to start from it: "
             "load(path, labels=['negative', 'positive'])."
         )
     return load_pretrained(place, name, auto_class, names)
+
+
+def label_names(labels: Sequence[object]) -> tuple[str, ...]:
+    """Labels as a head names its classes, in class-id order: 1, 1.0 and "1" are all '1'.
+
+    raises   DataError where they are fewer than two, not all different, or no names.
+    """
+    given = () if isinstance(labels, str) else tuple(labels)
+    names = tuple(label_name(label) if isinstance(label, str | int | float) else "" for label in given)
+    if len(names) < _LEAST_CLASSES or len(set(names)) < len(names) or "" in names:
+        raise DataError(f"labels: {labels!r} can't be used; give two names or more, all different: ['no', 'yes'].")
+    return names
 
 
 def encoded(model: Model, rows: Any, max_length: int | None = None, *, judged: bool = False) -> Any:
@@ -70,6 +85,7 @@ def encoded(model: Model, rows: Any, max_length: int | None = None, *, judged: b
 
 
 def _encoded(model: Model, rows: Any, max_length: int | None) -> Any:
+    _refuse_type(rows)
     if not isinstance(rows, Sequence) and "input_ids" in rows.column_names:
         return rows
     task = TASKS[model.task]
@@ -80,29 +96,61 @@ def _encoded(model: Model, rows: Any, max_length: int | None) -> Any:
     return task.encode(_dataset(model, rows), model.tokenizer, max_length or usual)
 
 
-def _dataset(model: Model, rows: Any) -> Any:
+def _refuse_type(rows: Any) -> None:
+    """DataError on what is no list of mappings and no datasets.Dataset."""
     from datasets import Dataset
+
+    if not isinstance(rows, Dataset | list | tuple) or any(
+        not isinstance(row, Mapping) for row in (() if isinstance(rows, Dataset) else rows)
+    ):
+        held = f" of {type(rows[0]).__name__}" if isinstance(rows, list | tuple) else ""
+        raise DataError(
+            f"rows: a {type(rows).__name__}{held} can't be read. Give a list of mappings, such as "
+            "[{'text': …, 'label': …}], or a datasets.Dataset."
+        )
+
+
+def _dataset(model: Model, rows: Any) -> Any:
 
     if not len(rows):
         raise DataError("rows: there are none. Give at least one, with the columns of the task.")
-    data = Dataset.from_list(list(rows)) if isinstance(rows, Sequence) else rows
     texts = [column.name for column in TASKS[model.task].columns if column.kind == "text"]
-    if missing := [name for name in texts if name not in data.column_names]:
+    if isinstance(rows, Sequence):
+        return _from_list(model, rows, texts)
+    _refuse_missing(model, rows.column_names, texts)
+    if "label" not in rows.column_names or not TASKS[model.task].has_classes:
+        return rows
+    ids = [_class_id(model, label) for label in rows["label"]]
+    return rows.remove_columns("label").add_column("label", ids)
+
+
+def _from_list(model: Model, rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> Any:
+    """Arrow wants one type a column: names and class ids may stand side by side in a list."""
+    from datasets import Dataset
+
+    _refuse_missing(model, list(rows[0]), texts)
+    for number, row in enumerate(rows, 1):
+        for name in texts:
+            if not isinstance(row.get(name), str):
+                raise DataError(f"rows: row {number}: {name} is {row.get(name)!r}; it must be a text.")
+    if "label" not in rows[0] or not TASKS[model.task].has_classes:
+        return Dataset.from_list(list(rows))
+    return Dataset.from_list([{**row, "label": _class_id(model, row.get("label"))} for row in rows])
+
+
+def _refuse_missing(model: Model, columns: Sequence[str], texts: Sequence[str]) -> None:
+    if missing := [name for name in texts if name not in columns]:
         raise DataError(
             f"rows: there is no column {missing[0]!r}; {model.task} needs {' and '.join(texts)}, and the columns are "
-            f"{', '.join(data.column_names) or '(none)'}. Rename one."
+            f"{', '.join(map(str, columns)) or '(none)'}. Rename one."
         )
-    if "label" not in data.column_names or not TASKS[model.task].has_classes:
-        return data
-    ids = [_class_id(model, label) for label in data["label"]]
-    return data.remove_columns("label").add_column("label", ids)
 
 
 def _class_id(model: Model, label: object) -> int:
     if isinstance(label, str) and label in model.labels:
         return model.labels.index(label)
-    if isinstance(label, int) and 0 <= label < len(model.labels):
-        return label
+    if isinstance(label, int | float) and not isinstance(label, bool) and label in range(len(model.labels)):
+        return int(label)
     raise DataError(
         f"rows: the label {label!r} is not one of {', '.join(model.labels)}, nor a class id below {len(model.labels)}. "
         "Give labels as the model names them."

@@ -66,7 +66,7 @@ def _translator(name: str, field: str) -> Any:
 
 def check_translator(name: str, field: str) -> Path:
     """The directory of an encoder-decoder; ModelError where there is none. No torch."""
-    place = locate(name)
+    place = locate(name, f"data.augment.back_translation.{field}")
     config = read_config(place)
     task = config.get(KEY, {}).get("task", "translation")
     if not config.get("is_encoder_decoder") or task != "translation":
