@@ -421,7 +421,7 @@ def test_what_a_training_names_is_there_after_narrowing(fields, message, tiny_ch
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("search", {"space": {"seed": [0, 1]}, "rows": 1}),
+        ("search", {"space": {"stages.0.finetune.epochs": [1, 2]}, "rows": 1}),
         ("data.collect", {"count": 1, "keywords": ["good"], "diversity": 0}),
     ],
 )

@@ -123,7 +123,9 @@ def of_perplexity(report, delta, low, high):
     ],
 )
 def test_a_rise_of_perplexity_is_a_loss(report, delta, low, high, words):
-    assert summary.headline(of_perplexity(report, delta, low, high)).endswith(words)
+    found = of_perplexity(report, delta, low, high)
+    found["gain"]["metric"]["p_value"] = 0.5 if low < 0 < high else 0.001
+    assert summary.headline(found).endswith(words)
 
 
 def test_reasons_name_the_rise_of_perplexity_that_the_test_cannot_rule_out(report):

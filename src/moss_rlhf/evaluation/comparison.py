@@ -23,7 +23,7 @@ from moss_rlhf.tasks.overlap import chrf, has_sacrebleu, overlap
 from moss_rlhf.tasks.row_statistics import RowStatistics, confusion_cells, written_out
 
 if TYPE_CHECKING:
-    from moss_rlhf.model.checkpoint import Model, takes_model
+    from moss_rlhf.model.checkpoint import Model
 
 _ROWS_DRAWN, _FEWEST_RESAMPLES = 2**24, 200  # of probabilities: seconds, however many rows there are
 
@@ -189,7 +189,6 @@ def calibration_of(
     }
 
 
-@takes_model
 def fit_temperature(model: Model, rows: Any) -> float:
     """Fit `model.temperature` on labelled rows that it was not trained on, and return its value; answers stay the same.
 
@@ -264,7 +263,6 @@ def confusion_of(answers: ClassAnswers) -> list[list[int]]:
     return matrix
 
 
-@takes_model
 def evaluate(
     model: Model, rows: Any, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any]:

@@ -130,15 +130,18 @@ def takes_model(function: Callable[Given, Returned]) -> Callable[Given, Returned
 
     @wraps(function)
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Returned:
-        first = args[0] if args else kwargs.get("model")
-        if not isinstance(first, Model):
-            raise ModelError(
-                f"{function.__name__}: takes a Model, got {type(first).__name__}. Open a checkpoint with "
-                "moss_rlhf.load(path)."
-            )
+        refuse_no_model(args[0] if args else kwargs.get("model"), function.__name__)
         return function(*args, **kwargs)
 
     return call
+
+
+def refuse_no_model(given: object, place: str) -> None:
+    """ModelError on anything but a Model."""
+    if not isinstance(given, Model):
+        raise ModelError(
+            f"{place}: takes a Model, got {type(given).__name__}. Open a checkpoint with moss_rlhf.load(path)."
+        )
 
 
 def load_pretrained(

@@ -8,7 +8,7 @@ from typing import Any
 
 from moss_rlhf.data.labels import label_name
 from moss_rlhf.errors import DataError, ModelError
-from moss_rlhf.model.checkpoint import Model, load_checkpoint, load_pretrained
+from moss_rlhf.model.checkpoint import Model, load_checkpoint, load_pretrained, refuse_no_model
 from moss_rlhf.model.config import KEY, read_config, refuse_foreign_grid, trained_labels
 from moss_rlhf.model.locate import locate
 from moss_rlhf.tasks import TASKS, TextClassification, usual_task
@@ -78,6 +78,7 @@ def encoded(model: Model, rows: Any, max_length: int | None = None, *, judged: b
     raises   DataError where there are no rows, a text column or the labels are missing, or on a label that the model
              does not know.
     """
+    refuse_no_model(model, "rows")
     ready = _encoded(model, rows, max_length)
     if judged and TASKS[model.task].has_classes and "labels" not in ready.column_names:
         raise DataError("rows: they have no column 'label', and answers are held against it. Give rows with labels.")
