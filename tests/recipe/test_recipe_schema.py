@@ -287,3 +287,18 @@ def test_an_ensemble_has_every_field_of_finetune_but_a_teacher():
         make_recipe(FULL | {"stages": [{"ensemble": {"members": 1}}]})
     with pytest.raises(RecipeError, match=r"stages\.0\.ensemble\.finetune.*epoch.*epochs"):
         make_recipe(FULL | {"stages": [{"ensemble": {"finetune": {"epoch": 1}}}]})
+
+
+def test_a_bad_range_is_told_once():
+    with pytest.raises(RecipeError) as caught:
+        make_recipe(
+            {
+                "task": "text-classification",
+                "model": "m",
+                "data": {"train": "a.csv"},
+                "stages": ["finetune"],
+                "search": {"space": {"stages.0.finetune.learning_rate": {"low": 1, "high": 1e-5}}},
+            }
+        )
+    assert len(str(caught.value).splitlines()) == 1
+    assert "from low up to high" in str(caught.value)

@@ -25,7 +25,7 @@ from moss_rlhf.finetuning.quantization_aware import Rounding
 from moss_rlhf.finetuning.regularisers import Lasso, Ridge, TowardsStart
 from moss_rlhf.finetuning.timetable import Timetable
 from moss_rlhf.finetuning.trainer import Plateau
-from moss_rlhf.model.checkpoint import Model
+from moss_rlhf.model.checkpoint import Model, refuse_no_model
 from moss_rlhf.model.device import on_accelerator
 from moss_rlhf.model.runtime import TorchRuntime
 from moss_rlhf.model.vocabulary import ids_in
@@ -54,8 +54,12 @@ def check_teacher(model: Model, teacher: Model) -> None:
 
 def teachers_of(model: Model, teacher: Model | Sequence[Model] | None) -> tuple[Model, ...]:
     """Those who teach, each of whom can teach `model`."""
-    teachers = (teacher,) if isinstance(teacher, Model) else tuple(teacher or ())
+    given = [] if teacher is None else teacher if isinstance(teacher, list | tuple) else [teacher]
+    teachers = tuple(given)
+    if teacher is not None and not teachers:
+        raise RecipeError("finetune.teacher: is an empty list; give a model, or leave it out.")
     for each in teachers:
+        refuse_no_model(each, "finetune.teacher")
         check_teacher(model, each)
     if len(teachers) > 1 and not TASKS[model.task].has_classes:
         raise ModelError(f"finetune: {len(teachers)} teachers; a model for {model.task} learns from one. Give one.")

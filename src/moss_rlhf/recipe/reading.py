@@ -179,7 +179,7 @@ def _beside_the_point(fault: Any) -> bool:
     return isinstance(fault["input"], Mapping) and fault["type"].removesuffix("_type") in _PLAIN_TYPES
 
 
-_PLAIN_TYPES = ("string", "float", "int", "literal_error")
+_PLAIN_TYPES = ("string", "float", "int", "list", "literal_error")
 
 
 def _explain(faults: Sequence[Any]) -> list[str]:
