@@ -32,6 +32,10 @@ def test_too_few_rows_are_not_called_no_loss(report):
 def test_three_answers_that_all_fell_are_no_proof(report):
     report["gain"]["metric"] |= {"delta": -0.05, "low": -0.117, "high": -0.016, "p_value": 0.25}
     assert summary.headline(report) == "Faster, smaller, a loss of accuracy not ruled out"
+    text = " ".join(summary.reasons(report))
+    assert (
+        "between −0.117 and −0.016; it may be chance (p = 0.25): few answers differ. So a fall of up to 0.117" in text
+    )
 
 
 def test_answers_that_never_differ_are_told_by_the_rule_of_three(report):

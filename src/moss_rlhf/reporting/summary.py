@@ -180,8 +180,12 @@ def _how_sure(report: Report) -> str:
         most = wording.percent(3 / report["after"]["rows"])
         return f"No answer counted differently. {sure}, less than {most} of new texts would (3 / rows)."
     sentence = f"{sure} the true change of {name} lies between {bounds}{chance}."
-    worst = _worst_loss(change)
-    if wording.mark_of_metric(change) != "same" or worst < 0.0005:
+    worst, undecided = _worst_loss(change), wording.mark_of_metric(change) == "same"
+    if undecided and not low <= 0 <= high:
+        sentence = (
+            f"Resampled, the change of {name} lies between {bounds}; it may be chance{chance}: few answers differ."
+        )
+    if not undecided or worst < 0.0005:
         return sentence
     direction = "rise" if wording.lower_is_better(change) else "fall"
     return f"{sentence} So a {direction} of up to {wording.score(worst)} can't be ruled out with this many rows."
