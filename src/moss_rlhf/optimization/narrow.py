@@ -31,7 +31,6 @@ from moss_rlhf.optimization.sensitivity import current_table
 from moss_rlhf.optimization.soundness import refuse_not_finite
 from moss_rlhf.optimization.unit_scores import (
     KINDS,
-    SCORES,
     Kind,
     Part,
     Score,
@@ -50,7 +49,6 @@ from moss_rlhf.recipe.options import follows
 from moss_rlhf.tasks.loading import encoded
 
 Criterion = Score | Literal["sensitivity"]
-_CRITERIA: tuple[Criterion, ...] = (*SCORES, "sensitivity")
 _COPIED_BYTES = 2**30  # a network up to this size is copied to be timed beside the narrowed one
 
 
@@ -89,10 +87,10 @@ def narrow(
     repair                      refit what stays to the uncut outputs.
     multiple_of                 feed-forward and hidden widths are rounded up to it: runtimes like multiples of 8 or 16.
     measure                     for `latency`: seconds of a part of a block at a width; PyTorch's unless given.
-    raises                      ModelError, the model untouched, on a quantized or streamed model, weights or scores
-                                that are not finite, a share outside [0, 1), shares and a budget together, what would
-                                remove nothing, and a budget that even the smallest widths exceed; DataError where
-                                there are no rows.
+    raises                      the model untouched: RecipeError on an option that a recipe could not hold, such as a
+                                share outside [0, 1); ModelError on a quantized or streamed model, weights or scores
+                                that are not finite, shares and a budget together, what would remove nothing, and a
+                                budget that even the smallest widths exceed; DataError where there are no rows.
     """
     shares = {"heads": heads, "feed_forward": feed_forward, "hidden": hidden}
     budgets: dict[str, float] = {"macs": macs, "parameters": parameters, "latency": latency}

@@ -65,7 +65,8 @@ def prune(
     allocation   uniform: the same share everywhere; outliers: blocks with more outlying activations keep more (Yin et
                  al. 2023); sensitivity: shares that cost the least loss together, from `model.sensitivity`, which is
                  measured first where it is missing or of another network.
-    raises       ModelError on a quantized model, inf or nan, options that don't go together, a pattern that doesn't fit
+    raises       RecipeError on an option that a recipe could not hold;
+                 ModelError on a quantized model, inf or nan, options that don't go together, a pattern that doesn't fit
                  a matrix, or a sparsity that removes nothing; DataError where rows are needed and there are none.
     """
     shape, share = _options(model, method, pattern, sparsity, scope, allocation)

@@ -67,7 +67,8 @@ def quantize(
                        activations' outliers moves into the weights, up to 1; 0: off.
     activation_order   gptq: columns of large inputs first, which is on unless False; nothing to the other methods.
     sparsity           gptq: this share of every matrix becomes zero in the same pass (arXiv:2301.00774, §3.4).
-    raises             ModelError where the model is quantized already or holds inf or nan, a group does not fill a row
+    raises             RecipeError on an option that a recipe could not hold;
+                       ModelError where the model is quantized already or holds inf or nan, a group does not fill a row
                        evenly, or options do not go together; nothing is changed then. ModelError where an activation
                        is not finite; DataError where there are no rows.
     """

@@ -57,7 +57,8 @@ def shorten(
     stack        of an encoder-decoder: the one that loses blocks; auto: both may, the score decides.
     similarity   the least mean cosine, in (0, 1], that merges must keep between the network's last states and the old
                  ones (LaCo's threshold). None: no limit.
-    raises       ModelError on a quantized model or shared layers, where no block would stay, where blocks can't be
+    raises       RecipeError on an option that a recipe could not hold;
+                 ModelError on a quantized model or shared layers, where no block would stay, where blocks can't be
                  merged, or where no merge is as similar as asked for. The model is as it was then.
     """
     _refuse(model, remove, how=how, score=score, stack=stack, similarity=similarity)
