@@ -338,8 +338,8 @@ BLOCKS = [
     ("bert", [{"shorten": {"stack": "decoder"}}], "the model has no decoder, only one encoder"),
     ("albert", ["shorten"], r"stages\.0\.shorten: albert: its layers share one block"),
     ("bert", [{"narrow": {"macs": 0.3}}, {"shorten": {"how": "merge_average"}}], r"shorten\.how: .*Put shorten before"),
-    ("bert", [{"narrow": {"macs": 0.99}}], r"narrow\.macs: 0\.99 can't be removed: with one head and 8 neurons"),
-    ("bert", [{"narrow": {"parameters": 0.99}}], r"narrow\.parameters: 0\.99 can't be removed"),
+    ("bert", [{"narrow": {"macs": 0.99}}], r"narrow: macs 0\.99 can't be removed: with one head and 8 neurons"),
+    ("bert", [{"narrow": {"parameters": 0.99}}], r"narrow: parameters 0\.99 can't be removed"),
 ]
 
 

@@ -56,7 +56,7 @@ def curate(
     place.findings.unlink(missing_ok=True)
     place.collected.unlink(missing_ok=True)
     if spec.collect is not None:
-        splits = _collect(splits, columns, spec, seed, place, source, open_model, progress)
+        splits = _collect(splits, columns, spec, spec.collect, seed, place, source, open_model, progress)
     if spec.clean is not None and (spec.clean.checks or spec.clean.ablate):
         embed = TextVectors(place.data / f"vectors-{source[:16]}.npz", open_model, progress)
         cleaned = clean_splits(splits, columns, spec.clean, seed=seed, embed=embed, progress=progress)
@@ -71,6 +71,7 @@ def _collect(
     splits: Splits,
     columns: Sequence[Column],
     spec: DataSpec,
+    asked: CollectSpec,
     seed: int,
     place: RunDirectory,
     source: str,
@@ -78,8 +79,6 @@ def _collect(
     progress: Progress,
 ) -> Splits:
     """Only the texts that fit stay, in train and in a share held out of it; a choice once made is kept in a file."""
-    asked = spec.collect
-    assert asked is not None  # noqa: S101  # asked for only where it is
     examples = example_texts(spec, columns)
     name = digest([_FORM, splits.digest, asked.model_dump(mode="json"), examples, source, *_reader(asked), seed])
     kept = place.data / f"collected-{name[:16]}.json"

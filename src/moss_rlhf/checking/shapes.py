@@ -12,6 +12,7 @@ from moss_rlhf.model.anatomy import BlockShape, family_of
 from moss_rlhf.model.config import read_config
 from moss_rlhf.model.cost import units_kept
 from moss_rlhf.model.limits import (
+    beyond_budget,
     depth_fault,
     matrix_sizes,
     nothing_removed,
@@ -63,10 +64,7 @@ def check_budgets(recipe: Recipe, length: float) -> None:
         for name in ("macs", "parameters") if isinstance(spec, NarrowSpec) else ():
             share, most = getattr(spec, name), removable_share(state.dimensions, name, spec.multiple_of, length)
             if share > most:
-                raise RecipeError(
-                    f"{field}.{name}: {share} can't be removed: with one head and {spec.multiple_of} neurons in every "
-                    f"block, {most:.3f} of it is gone. Give a smaller share, or a smaller multiple_of."
-                )
+                raise RecipeError(f"{field}: {beyond_budget(name, share, most, spec.multiple_of)}")
         state = state_after(spec, state, field, config)
 
 

@@ -28,6 +28,14 @@ def removable_share(dimensions: Dimensions, of: str, multiple_of: int, length: f
     return 1 - _cost(replace(dimensions, blocks=tuple(smallest)), of, length) / _cost(dimensions, of, length)
 
 
+def beyond_budget(of: str, share: float, most: float, multiple_of: int) -> str:
+    """The sentence for a budget that even the smallest widths exceed; `most` is what they remove."""
+    return (
+        f"{of} {share} can't be removed: with one head and {multiple_of} neurons in every block, {most:.3f} of it is "
+        "gone. Give a smaller share, or a smaller multiple_of."
+    )
+
+
 def _smallest(shape: BlockShape, queries: int, multiple_of: int) -> BlockShape:
     return BlockShape(
         min(shape.heads, queries), min(shape.feed_forward, multiple_of), cross_heads=min(shape.cross_heads, 1)

@@ -42,9 +42,9 @@ from moss_rlhf.optimization.unit_scores import (
     unit_scores,
 )
 from moss_rlhf.optimization.width_allocation import keep_highest, rearrange
-from moss_rlhf.optimization.width_plan import BUDGETS, Plan, budgeted_plan, uniform_plan
+from moss_rlhf.optimization.width_plan import Plan, budgeted_plan, uniform_plan
 from moss_rlhf.progress import Progress
-from moss_rlhf.recipe.compression import NarrowSpec, narrowing_fault
+from moss_rlhf.recipe.compression import BUDGETS, NarrowSpec, narrowing_fault
 from moss_rlhf.recipe.options import follows
 from moss_rlhf.tasks.loading import encoded
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +15,13 @@ from moss_rlhf.model.anatomy import BlockShape
 from moss_rlhf.model.checkpoint import Model
 from moss_rlhf.model.cost import Dimensions, block_macs, block_parameters, units_kept
 from moss_rlhf.model.latency import Measure, PartShape, latency_tables, torch_seconds
+from moss_rlhf.model.limits import beyond_budget
 from moss_rlhf.optimization.unit_scores import Part, groups_of
 from moss_rlhf.optimization.width_allocation import cheapest_widths, losses_of, widths_of
+from moss_rlhf.recipe.compression import Budget
 
 Group = tuple[Part, ...]
 Costs = NDArray[np.float64]
-Budget = Literal["macs", "parameters", "latency"]
-BUDGETS: tuple[Budget, ...] = ("macs", "parameters", "latency")
 
 
 @dataclass(frozen=True)
@@ -111,10 +110,7 @@ def budgeted_plan(
     now, smallest = sum(float(cost[-1]) for cost in costs.values()), sum(float(cost[0]) for cost in costs.values())
     last = (now + base) * (1 - share) - base
     if smallest > last:
-        raise ModelError(
-            f"narrow: {of} {share} can't be removed: with one head and {multiple_of} neurons in every block, "
-            f"{(now - smallest) / (now + base):.3f} of it is gone. Give a smaller share, or a smaller multiple_of."
-        )
+        raise ModelError(f"narrow: {beyond_budget(of, share, (now - smallest) / (now + base), multiple_of)}")
     return Budgeted(now, last, options, costs)
 
 

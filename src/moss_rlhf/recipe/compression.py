@@ -44,7 +44,8 @@ class NarrowSpec(Spec):
 
 
 SHARES = ("heads", "feed_forward", "hidden")
-BUDGETS = ("macs", "parameters", "latency")
+Budget = Literal["macs", "parameters", "latency"]
+BUDGETS: tuple[Budget, ...] = ("macs", "parameters", "latency")
 
 
 def narrowing_fault(shares: Mapping[str, float]) -> str | None:

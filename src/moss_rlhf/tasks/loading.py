@@ -101,18 +101,18 @@ def _refuse_type(rows: Any) -> None:
     """DataError on what is no list of mappings and no datasets.Dataset."""
     from datasets import Dataset
 
-    if not isinstance(rows, Dataset | list | tuple) or any(
-        not isinstance(row, Mapping) for row in (() if isinstance(rows, Dataset) else rows)
-    ):
-        held = f" of {type(rows[0]).__name__}" if isinstance(rows, list | tuple) else ""
+    if isinstance(rows, Dataset):
+        return
+    several = rows if isinstance(rows, list | tuple) else ()
+    wrong = next((f" of {type(row).__name__}" for row in several if not isinstance(row, Mapping)), "")
+    if wrong or not isinstance(rows, list | tuple):
         raise DataError(
-            f"rows: a {type(rows).__name__}{held} can't be read. Give a list of mappings, such as "
+            f"rows: a {type(rows).__name__}{wrong} can't be read. Give a list of mappings, such as "
             "[{'text': …, 'label': …}], or a datasets.Dataset."
         )
 
 
 def _dataset(model: Model, rows: Any) -> Any:
-
     if not len(rows):
         raise DataError("rows: there are none. Give at least one, with the columns of the task.")
     texts = [column.name for column in TASKS[model.task].columns if column.kind == "text"]
